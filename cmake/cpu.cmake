@@ -1,0 +1,44 @@
+# CPU library: torch-free kernel files, one object library per instruction set, and the bindings.
+
+# -ffp-contract=fast: a * b + c is one fused operation wherever the instruction set has it, so that every
+#   tile size of the micro-kernel rounds alike. Never -ffast-math: NaN and infinities mean something here.
+set(kernel_flags -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra)
+set(kernel_sources csrc/cpu/soft_embedding.cpp)
+
+# name, vector bytes, compiler flags. The baseline variant alone where the processor is not x86-64.
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  set(isas baseline x86_64_v3 x86_64_v4)
+  set(flags_x86_64_v3 -march=x86-64-v3)
+  set(bytes_x86_64_v3 32)
+  set(flags_x86_64_v4 -march=x86-64-v4 -mprefer-vector-width=512)
+  set(bytes_x86_64_v4 64)
+else()
+  set(isas baseline)
+endif()
+set(flags_baseline "")
+set(bytes_baseline 16)
+
+add_library(softdimo_cpu MODULE csrc/ops.cpp csrc/bind_cpu.cpp csrc/cpu/isa.cpp)
+softdimo_torch_library(softdimo_cpu _cpu)
+target_link_libraries(softdimo_cpu PRIVATE torch_cpu)
+target_compile_options(softdimo_cpu PRIVATE -Wall -Wextra)
+
+foreach(isa IN LISTS isas)
+  add_library(softdimo_cpu_${isa} OBJECT ${kernel_sources})
+  target_include_directories(softdimo_cpu_${isa} PRIVATE csrc/include)
+  target_compile_options(softdimo_cpu_${isa} PRIVATE ${kernel_flags} ${flags_${isa}})
+  target_compile_definitions(softdimo_cpu_${isa} PRIVATE SOFTDIMO_ISA=${isa}
+                                                         SOFTDIMO_SIMD_BYTES=${bytes_${isa}})
+  target_sources(softdimo_cpu PRIVATE $<TARGET_OBJECTS:softdimo_cpu_${isa}>)
+  string(TOUPPER ${isa} upper)
+  target_compile_definitions(softdimo_cpu PRIVATE SOFTDIMO_HAVE_${upper}=1)
+  list(APPEND cpu_targets softdimo_cpu_${isa})
+endforeach()
+
+if(SOFTDIMO_SANITIZE)
+  foreach(target IN LISTS cpu_targets ITEMS softdimo_cpu)
+    target_compile_options(${target} PRIVATE -fsanitize=${SOFTDIMO_SANITIZE} -fno-sanitize-recover=all
+                                             -fno-omit-frame-pointer -g)
+    target_link_options(${target} PRIVATE -fsanitize=${SOFTDIMO_SANITIZE})
+  endforeach()
+endif()

@@ -1,0 +1,40 @@
+# CUDA library: kernels without any torch header, and the binding. Skipped when no toolkit is found.
+
+# nvcc on PATH can be a wrapper script; the toolkit is where nvcc itself says it is.
+find_program(softdimo_nvcc nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin)
+if(softdimo_nvcc AND NOT CMAKE_CUDA_COMPILER)
+  execute_process(COMMAND ${softdimo_nvcc} --dryrun -x cu -c /dev/null -o /dev/null
+                  ERROR_VARIABLE dryrun OUTPUT_QUIET)
+  if(dryrun MATCHES "TOP=([^\r\n]+)")
+    get_filename_component(top "${CMAKE_MATCH_1}" ABSOLUTE)
+    set(CMAKE_CUDA_COMPILER "${top}/bin/nvcc")
+  endif()
+endif()
+
+# sm_80 for A100, sm_90a for H100 and H200 (their own instructions), PTX for whatever comes after.
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES "80-real;90a-real;80-virtual")
+endif()
+include(CheckLanguage)
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  message(STATUS "No CUDA toolkit found: building the CPU library alone")
+  return()
+endif()
+set(CMAKE_CUDA_STANDARD 17)
+enable_language(CUDA)
+
+set(cuda_sources csrc/cuda/token_statistics.cu)
+
+add_library(softdimo_cuda_kernels OBJECT ${cuda_sources})
+target_include_directories(softdimo_cuda_kernels PRIVATE csrc/include)
+# A register spill is a build error: kernels are designed to fit.
+target_compile_options(softdimo_cuda_kernels PRIVATE -lineinfo "SHELL:-Xptxas --warn-on-spills,-Werror"
+                                                     -Xcompiler=-Wall)
+
+add_library(softdimo_cuda MODULE csrc/bind_cuda.cpp $<TARGET_OBJECTS:softdimo_cuda_kernels>)
+softdimo_torch_library(softdimo_cuda _cuda)
+target_compile_options(softdimo_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall> $<$<COMPILE_LANGUAGE:CXX>:-Wextra>)
+set_target_properties(softdimo_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+# libtorch (not only libtorch_cpu) must be needed, or the current-stream symbol stays null on a CUDA torch.
+target_link_libraries(softdimo_cuda PRIVATE -Wl,--no-as-needed torch torch_cpu -Wl,--as-needed)

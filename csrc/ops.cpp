@@ -1,0 +1,26 @@
+// The table of contents: every compiled operator, and nothing else.
+//
+// Arguments named row_* hold one value per row of the logits (logits.shape[:-1]); `wanted` says which gradients
+// are computed. An output that is not wanted is an empty tensor. `seed` is int64 [2] = (seed, offset); noise is
+// added exactly when it is given.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(softdimo, m) {
+  m.def("cpu_isa() -> str");
+  m.def("compiled_cpu_isas() -> str");
+
+  // soft: the soft value in the statistics' dtype, where `output` is not it (a half codebook, or hard).
+  m.def(
+      "soft_embedding(Tensor logits, Tensor codebook, float temperature, Tensor? row_temperature, Tensor? mask, "
+      "Tensor? mask_embedding, Tensor? seed, Tensor? row_ids, bool hard) "
+      "-> (Tensor output, Tensor row_max, Tensor row_sum, Tensor soft)");
+  // wanted: gradients to logits, codebook, row_temperature, mask_embedding.
+  m.def(
+      "soft_embedding_backward(Tensor grad, Tensor logits, Tensor codebook, float temperature, "
+      "Tensor? row_temperature, Tensor? mask, Tensor? mask_embedding, Tensor? seed, Tensor? row_ids, "
+      "Tensor row_max, Tensor row_sum, Tensor soft, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "token_statistics(Tensor logits, float temperature, Tensor? row_temperature, Tensor? mask) "
+      "-> (Tensor log_normalizer, Tensor entropy, Tensor max_prob)");
+}

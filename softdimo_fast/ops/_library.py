@@ -1,0 +1,51 @@
+"""Loads the compiled libraries. Importing this module registers every compiled operator with torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def _load_cpu() -> None:
+    path = PACKAGE / "_cpu.so"
+    if not path.is_file():
+        raise ImportError(
+            f"softdimo_fast is not built: {path} is missing. From a checkout run 'make install', or "
+            "'pip install -e .' with torch >= 2.11 and a C++ compiler present."
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ImportError(
+            f"softdimo_fast: {path} does not load with torch {torch.__version__} ({error}). "
+            "It was built for another platform or needs torch >= 2.11; rebuild it with 'pip install -e .'."
+        ) from error
+
+
+def _load_cuda() -> str | None:
+    """Why the CUDA library is not usable, or None when it is loaded. It loads without a device too."""
+    path = PACKAGE / "_cuda.so"
+    if not path.is_file():
+        return "this build has no CUDA library (no CUDA toolkit was found when it was built)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"the CUDA library does not load with torch {torch.__version__}: {error}"
+    return None
+
+
+_load_cpu()
+CUDA_OBSTACLE: str | None = _load_cuda()
+
+
+def cpu_isa() -> str:
+    """The instruction set whose kernels run: the best of this machine, or SOFTDIMO_CPU_ISA."""
+    return str(torch.ops.softdimo.cpu_isa())
+
+
+def compiled_cpu_isas() -> list[str]:
+    """The instruction sets compiled into this build, best first."""
+    return str(torch.ops.softdimo.compiled_cpu_isas()).split()

@@ -1,0 +1,132 @@
+"""Registers operators with torch: opaque forward and backward, fake kernels, autograd, double backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REFERENCE = "softdimo_reference"
+KERNELS = "softdimo"
+
+
+def reference_operator(
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., tuple[Tensor, ...]] | None = None,
+    differentiable: Sequence[str] = (),
+) -> None:
+    """Registers ``softdimo_reference::name`` (and ``name_backward``) from plain-torch functions.
+
+    They are opaque to torch.compile, so a compiled call gives bitwise the eager result.
+
+    Args:
+        forward: plain torch, typed; one tensor result when it is differentiable.
+        backward: called as ``backward(grad, *forward_arguments, wanted)`` and returns one gradient (or an
+            empty tensor) for each name in ``differentiable``.
+        differentiable: the arguments of ``forward`` that get a gradient, in the order of ``backward``'s results.
+    """
+    operator = torch.library.custom_op(f"{REFERENCE}::{name}", forward, mutates_args=())
+    operator.register_fake(forward)
+    _refuse_vmap(operator, name)
+    if backward is None:
+        return
+    backward_operator = torch.library.custom_op(
+        f"{REFERENCE}::{name}_backward", backward, mutates_args=()
+    )
+    backward_operator.register_fake(backward)
+    _refuse_vmap(backward_operator, name)
+    arguments = list(forward.__code__.co_varnames[: forward.__code__.co_argcount])
+    positions = [arguments.index(argument) for argument in differentiable]
+
+    def gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(arguments)
+        inputs = restore_inputs(ctx)
+        wanted = [bool(ctx.needs_input_grad[position]) for position in positions]
+        results = backward_operator(grad, *inputs, wanted)
+        return place(results, positions, wanted, len(inputs))
+
+    operator.register_autograd(gradients, setup_context=save_inputs)
+    register_double_backward(f"{REFERENCE}::{name}_backward", backward)
+
+
+def register_double_backward(name: str, formula: Callable[..., tuple[Tensor, ...]]) -> None:
+    """Makes a backward operator differentiable (in eager) through ``formula``, its plain-torch equal.
+
+    ``formula`` takes the operator's own arguments.
+    """
+
+    def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = restore_inputs(ctx)
+        sources = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+        third_derivative = torch.is_grad_enabled()
+        with torch.enable_grad():
+            arguments = list(inputs)
+            if not third_derivative:
+                for i in sources:
+                    arguments[i] = inputs[i].detach().requires_grad_()
+            results = formula(*arguments)
+            pairs = [
+                (result, grad)
+                for result, grad in zip(results, grads, strict=True)
+                if grad is not None and result.requires_grad
+            ]
+            if not pairs:
+                return (None,) * len(inputs)
+            outs, upstream = zip(*pairs, strict=True)
+            found = torch.autograd.grad(
+                outs,
+                [arguments[i] for i in sources],
+                upstream,
+                allow_unused=True,
+                create_graph=third_derivative,
+            )
+        placed: list[Tensor | None] = [None] * len(inputs)
+        for i, value in zip(sources, found, strict=True):
+            placed[i] = value
+        return tuple(placed)
+
+    torch.library.register_autograd(name, gradients, setup_context=save_inputs)
+
+
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Saves every input: tensors through autograd (version-checked), the rest as they are."""
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*[value for value in inputs if isinstance(value, Tensor)])
+    ctx.others = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+
+
+def restore_inputs(ctx: Any) -> list[Any]:
+    """What :func:`save_inputs` saved, in order."""
+    tensors = iter(ctx.saved_tensors)
+    return [next(tensors) if other is None else other[0] for other in ctx.others]
+
+
+def place(
+    results: Sequence[Tensor], positions: Sequence[int], wanted: Sequence[bool], count: int
+) -> tuple[Tensor | None, ...]:
+    """Spreads gradients over ``count`` argument slots, None where none is wanted."""
+    slots: list[Tensor | None] = [None] * count
+    for result, position, needed in zip(results, positions, wanted, strict=True):
+        if needed:
+            slots[position] = result
+    return tuple(slots)
+
+
+def _refuse_vmap(operator: Any, name: str) -> None:
+    torch.library.register_vmap(operator, vmap_refusal(name))
+
+
+def vmap_refusal(name: str) -> Callable[..., Any]:
+    """A vmap rule that says what to do instead of looping silently."""
+
+    def refuse(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            f"softdimo_fast.{name} does not support torch.vmap: it takes any leading shape, so pass the "
+            "batch as leading dimensions instead"
+        )
+
+    return refuse

@@ -1,0 +1,329 @@
+"""``soft_embedding``: the expected embedding of a token distribution."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from softdimo_fast.ops import _arguments as check
+from softdimo_fast.ops import _backends, _library, _random, _registration
+from softdimo_fast.ops._explain import Explanation, explains
+from softdimo_fast.ops.reference import soft_embedding as reference
+from softdimo_fast.ops.reference.common import compute_dtype
+
+NAME = "soft_embedding"
+
+
+class _Call(NamedTuple):
+    """A checked call: the arguments every backend takes, and the choice of one."""
+
+    logits: Tensor
+    codebook: Tensor
+    temperature: float
+    row_temperature: Tensor | None
+    mask: Tensor | None
+    mask_embedding: Tensor | None
+    seed: Tensor | None
+    row_ids: Tensor | None
+    hard: bool
+    top_k: int | None
+    top_p: float | None
+    choice: _backends.Choice
+
+
+def soft_embedding(
+    logits: Tensor,
+    codebook: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    mask_embedding: Tensor | None = None,
+    noise: str | None = None,
+    hard: bool = False,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | Tensor | None = None,
+    row_ids: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    precision: str = "default",
+    backend: str | None = None,
+) -> Tensor:
+    r"""The expected embedding of a token distribution: :math:`e_n = \sum_v \mathrm{softmax}(z_n / T)_v E_v`.
+
+    The soft embedding of Soft-Di[M]O (arXiv 2509.22925): it replaces a sampled token's embedding, and
+    gradients flow to the logits. Probabilities are never written to memory by the fused backends.
+
+    Order of the options: truncation (``top_k``, then ``top_p``, on ``logits / temperature`` without noise),
+    then noise, then softmax, then (``hard``) the straight-through value, then the mask.
+
+    Args:
+        logits: ``[..., V]``, any strides, V >= 1; with a grouped codebook ``[..., G, V]``.
+        codebook: ``[V, D]``, or ``[G, V, D]`` for grouped vocabularies (MaskBit's splits).
+        temperature: T, a positive number, or a tensor that broadcasts to the rows ``logits.shape[:-1]``
+            (then it gets a gradient).
+        mask: bool, broadcasts to the rows. A True row is a [MASK] position: it gives ``mask_embedding``,
+            its logits are never read and get zero gradient.
+        mask_embedding: ``[D]`` or ``[G, D]``; required with ``mask``, an error without.
+        noise: ``"gumbel"`` gives softmax((logits + g) / T), the Concrete relaxation (as F.gumbel_softmax).
+        hard: the value is ``codebook[argmax]`` (lowest index on ties), the gradient that of the soft value.
+        top_k: keep exactly min(k, V) entries, ties to the lowest index. Gradients over the kept entries.
+        top_p: keep the shortest prefix in (value descending, index ascending) order whose mass reaches p.
+        seed: of the noise; an int, or an int64 tensor ``[2]`` = (seed, offset) on the logits' device. None
+            draws it from torch's generator.
+        row_ids: int64, broadcasts to the rows: the row numbers that key the noise; default 0 .. N-1.
+        generator: eager only; draws the seed from this generator.
+        precision: ``"default"`` or ``"high"``: probabilities enter the product in two bf16 terms. Only
+            kernels that multiply in half precision differ; the C++ and reference backends always
+            multiply in float32 or wider.
+        backend: None chooses; ``"reference" | "cpp" | "cuda" | "triton"`` insist.
+
+    Returns:
+        ``[..., D]`` (grouped ``[..., G, D]``) in the codebook's dtype, contiguous. A row that holds NaN, +inf
+        or nothing but -inf gives NaN.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message
+            names it. A temperature tensor that is not positive raises on the CPU in eager; elsewhere that
+            row becomes NaN.
+    """
+    call = _prepare(
+        logits, codebook, temperature=temperature, mask=mask, mask_embedding=mask_embedding, noise=noise,
+        hard=hard, top_k=top_k, top_p=top_p, seed=seed, row_ids=row_ids, generator=generator,
+        precision=precision, backend=backend,
+    )  # fmt: skip
+    if call.choice.backend == "cpp":
+        output, *_ = torch.ops.softdimo.soft_embedding(
+            call.logits, call.codebook, call.temperature, call.row_temperature, call.mask,
+            call.mask_embedding, call.seed, call.row_ids, call.hard,
+        )  # fmt: skip
+        return output  # type: ignore[no-any-return]
+    return torch.ops.softdimo_reference.soft_embedding(*call[:-1])  # type: ignore[no-any-return]
+
+
+def _prepare(
+    logits: Tensor,
+    codebook: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    mask_embedding: Tensor | None = None,
+    noise: str | None = None,
+    hard: bool = False,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | Tensor | None = None,
+    row_ids: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    precision: str = "default",
+    backend: str | None = None,
+) -> _Call:
+    """Checks the arguments and chooses a backend."""
+    check.require_floating(NAME, "logits", logits)
+    check.require_floating(NAME, "codebook", codebook)
+    check.require_vocabulary(NAME, "logits", logits)
+    codebook = check.autocast(codebook)  # type: ignore[assignment]
+    rows, device = logits.shape[:-1], logits.device
+    _check_codebook(logits, codebook)
+    check.require_same_device(NAME, "logits", device, codebook=codebook, mask_embedding=mask_embedding)
+    mask = check.rows_mask(NAME, "mask", mask, rows, device)
+    mask_embedding = _check_mask_embedding(mask, mask_embedding, codebook)
+    scalar, row_temperature = check.number_or_rows(
+        NAME, "temperature", temperature, rows, device, positive=True
+    )
+    check.require_choice(NAME, "precision", precision, ("default", "high"))
+    _check_truncation(top_k, top_p)
+    seed_tensor = _check_noise(noise, seed, row_ids, generator, device)
+    if noise is not None:
+        row_ids = _random.row_numbers(NAME, row_ids, rows, device)
+    choice = _backends.choose(NAME, backend, _obstacles(logits, codebook, top_k, top_p))
+    return _Call(
+        logits, codebook, scalar, row_temperature, mask, mask_embedding, seed_tensor, row_ids, bool(hard),
+        top_k, None if top_p is None else float(top_p), choice,
+    )  # fmt: skip
+
+
+def _check_codebook(logits: Tensor, codebook: Tensor) -> None:
+    if codebook.dim() not in (2, 3):
+        raise ValueError(
+            f"{NAME}: codebook must have shape [V, D] or [G, V, D], got {check.shape(codebook)}"
+        )
+    if codebook.shape[-2] != logits.shape[-1]:
+        raise ValueError(
+            f"{NAME}: codebook must have V = {logits.shape[-1]} rows (logits have shape "
+            f"{check.shape(logits)}), got shape {check.shape(codebook)}"
+        )
+    if codebook.shape[-1] < 1:
+        raise ValueError(f"{NAME}: codebook must have a width D >= 1, got shape {check.shape(codebook)}")
+    if codebook.dim() == 3 and (logits.dim() < 2 or logits.shape[-2] != codebook.shape[0]):
+        raise ValueError(
+            f"{NAME}: a grouped codebook {check.shape(codebook)} needs logits [..., G, V] with G = "
+            f"{codebook.shape[0]}, got logits of shape {check.shape(logits)}"
+        )
+
+
+def _check_mask_embedding(
+    mask: Tensor | None, mask_embedding: Tensor | None, codebook: Tensor
+) -> Tensor | None:
+    if mask is None:
+        if mask_embedding is not None:
+            raise ValueError(f"{NAME}: mask_embedding is given, but mask is None; pass both or neither")
+        return None
+    if mask_embedding is None:
+        raise ValueError(f"{NAME}: mask_embedding is required when mask is given, got None")
+    check.require_floating(NAME, "mask_embedding", mask_embedding)
+    if codebook.dim() == 3:
+        expected, pattern = (codebook.shape[0], codebook.shape[2]), "[G, D]"
+    else:
+        expected, pattern = (codebook.shape[1],), "[D]"
+    check.require_shape(NAME, "mask_embedding", mask_embedding, expected, pattern)
+    return check.autocast(mask_embedding)
+
+
+def _check_truncation(top_k: object, top_p: object) -> None:
+    if top_k is not None:
+        if isinstance(top_k, bool) or not isinstance(top_k, int):
+            raise TypeError(f"{NAME}: top_k must be an int or None, got {type(top_k).__name__}")
+        if top_k < 1:
+            raise ValueError(f"{NAME}: top_k must be at least 1, got {top_k}")
+    if top_p is not None:
+        check.require_number(NAME, "top_p", top_p)
+        if not 0 < top_p <= 1:  # type: ignore[operator]
+            raise ValueError(f"{NAME}: top_p must be in (0, 1], got {top_p}")
+
+
+def _check_noise(
+    noise: object,
+    seed: object,
+    row_ids: object,
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> Tensor | None:
+    """The seed pair where noise is asked for; settings of noise without noise are refused."""
+    if noise is None:
+        for name, value in (("seed", seed), ("row_ids", row_ids), ("generator", generator)):
+            if value is not None:
+                raise ValueError(f"{NAME}: {name} is given, but noise is None; pass noise='gumbel'")
+        return None
+    if noise != "gumbel":
+        raise ValueError(f"{NAME}: noise must be None or 'gumbel', got {noise!r}")
+    return _random.seed_pair(NAME, seed, generator, device)
+
+
+def _obstacles(
+    logits: Tensor, codebook: Tensor, top_k: int | None, top_p: float | None
+) -> dict[str, str]:
+    obstacles = _backends.device_obstacles(logits)
+    obstacles.setdefault("cuda", "this operator has no CUDA kernel")
+    if "cpp" not in obstacles and (top_k is not None or top_p is not None):
+        obstacles["cpp"] = "the C++ kernel does not truncate (top_k, top_p)"
+    return obstacles
+
+
+# ---------------------------------------------------------------------------------------------------
+# torch: fake kernels, autograd, double backward
+
+
+def _keeps_soft(codebook: Tensor, statistics: torch.dtype, hard: bool) -> bool:
+    """Whether the wide soft value that backward needs differs from the output and is kept apart."""
+    return hard or codebook.dtype != statistics
+
+
+@torch.library.register_fake("softdimo::soft_embedding")
+def _fake(
+    logits: Tensor, codebook: Tensor, temperature: float, row_temperature: Tensor | None, mask: Tensor | None,
+    mask_embedding: Tensor | None, seed: Tensor | None, row_ids: Tensor | None, hard: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, width = logits.shape[:-1], codebook.shape[-1]
+    statistics = compute_dtype(logits, codebook, row_temperature, mask_embedding)
+    output = codebook.new_empty((*rows, width))
+    soft = (*rows, width) if _keeps_soft(codebook, statistics, hard) else (0,)
+    return (
+        output,
+        logits.new_empty(rows, dtype=statistics),
+        logits.new_empty(rows, dtype=statistics),
+        logits.new_empty(soft, dtype=statistics),
+    )
+
+
+@torch.library.register_fake("softdimo::soft_embedding_backward")
+def _fake_backward(
+    grad: Tensor, logits: Tensor, codebook: Tensor, temperature: float, row_temperature: Tensor | None,
+    mask: Tensor | None, mask_embedding: Tensor | None, seed: Tensor | None, row_ids: Tensor | None,
+    row_max: Tensor, row_sum: Tensor, soft: Tensor, wanted: list[bool],
+) -> reference.Gradients:  # fmt: skip
+    inputs = (logits, codebook, row_temperature, mask_embedding)
+    gradients = [
+        logits.new_empty(0) if tensor is None or not needed else tensor.new_empty(tensor.shape)
+        for tensor, needed in zip(inputs, wanted, strict=True)
+    ]
+    return gradients[0], gradients[1], gradients[2], gradients[3]
+
+
+# Where logits, codebook, row_temperature and mask_embedding stand in the forward operator's arguments.
+_DIFFERENTIABLE = (0, 1, 3, 5)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    value, row_max, row_sum, soft = output
+    ctx.mark_non_differentiable(row_max, row_sum, soft)
+    kept = soft if _keeps_soft(inputs[1], row_max.dtype, inputs[8]) else value
+    _registration.save_inputs(ctx, (*inputs[:8], row_max, row_sum, kept), output)
+
+
+def _gradients(ctx: Any, grad: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
+    inputs = _registration.restore_inputs(ctx)
+    wanted = [bool(ctx.needs_input_grad[position]) for position in _DIFFERENTIABLE]
+    results = torch.ops.softdimo.soft_embedding_backward(grad, *inputs, wanted)
+    return _registration.place(results, _DIFFERENTIABLE, wanted, 9)
+
+
+def _composite_backward(
+    grad: Tensor, logits: Tensor, codebook: Tensor, temperature: float, row_temperature: Tensor | None,
+    mask: Tensor | None, mask_embedding: Tensor | None, seed: Tensor | None, row_ids: Tensor | None,
+    row_max: Tensor, row_sum: Tensor, soft: Tensor, wanted: list[bool],
+) -> reference.Gradients:  # fmt: skip
+    """The kernel's backward in plain torch: what its own derivative is taken of."""
+    return reference.soft_embedding_backward(
+        grad, logits, codebook, temperature, row_temperature, mask, mask_embedding, seed, row_ids, False,
+        None, None, wanted,
+    )  # fmt: skip
+
+
+torch.library.register_autograd("softdimo::soft_embedding", _gradients, setup_context=_save)
+_registration.register_double_backward("softdimo::soft_embedding_backward", _composite_backward)
+for _operator in ("softdimo::soft_embedding", "softdimo::soft_embedding_backward"):
+    torch.library.register_vmap(_operator, _registration.vmap_refusal(NAME))
+_registration.reference_operator(
+    NAME,
+    reference.soft_embedding,
+    reference.soft_embedding_backward,
+    differentiable=("logits", "codebook", "row_temperature", "mask_embedding"),
+)
+
+
+@explains(soft_embedding)
+def _explain(logits: Tensor, codebook: Tensor, **options: Any) -> Explanation:
+    call = _prepare(logits, codebook, **options)
+    vocabulary, width = codebook.shape[-2:]
+    rows = logits.numel() // vocabulary
+    cpp = call.choice.backend == "cpp"
+    notes = []
+    if cpp and logits.stride(-1) != 1:
+        notes.append(f"logits have stride {logits.stride(-1)} along V: one contiguous copy is made")
+    if not cpp:
+        notes.append("the [N, V] probabilities are written to memory; rows are not batch-invariant")
+    return Explanation(
+        operator=NAME,
+        backend=call.choice.backend,
+        kernel=f"softdimo::soft_embedding, {_library.cpu_isa()}" if cpp else "plain torch",
+        reason=call.choice.reason,
+        notes=tuple(notes),
+        bytes=logits.numel() * logits.element_size()
+        + (codebook.numel() + rows * width) * call.codebook.element_size(),
+        flops=2 * rows * vocabulary * width,
+        exponentials=rows * vocabulary,
+    )

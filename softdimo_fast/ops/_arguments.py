@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from softdimo_fast.ops._backends import DEBUG
 
@@ -32,6 +33,11 @@ def require_floating(operator: str, name: str, value: object) -> None:
         )
     if value.layout != torch.strided:
         raise TypeError(f"{operator}: {name} must be a dense (strided) tensor, got {value.layout}")
+    if forward_ad.unpack_dual(value).tangent is not None:
+        raise RuntimeError(
+            f"{operator}: {name} carries a forward-mode tangent (jvp), which this operator does not "
+            "propagate; use reverse mode (backward, vjp)"
+        )
 
 
 def require_dim(operator: str, name: str, value: Tensor, minimum: int, pattern: str) -> None:

@@ -1,0 +1,379 @@
+// CPU implementations of the operators in ops.cpp: allocation, layout, threads. The Python layer has checked the
+// arguments; what is checked here again is what memory safety rests on.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <functional>
+#include <limits>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "cpu/isa.h"
+#include "softdimo/soft_embedding.h"
+
+namespace softdimo::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Shape = std::vector<int64_t>;
+
+// ---------------------------------------------------------------------------------------------------
+// tensors
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return DType::float64;
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    default:
+      STD_TORCH_CHECK(false, "softdimo: expected float64, float32, bfloat16 or float16");
+  }
+}
+
+Shape leading_shape(const Tensor& tensor, int64_t dropped = 1) {
+  Shape shape;
+  for (int64_t i = 0; i + dropped < tensor.dim(); ++i) shape.push_back(tensor.size(i));
+  return shape;
+}
+
+Shape with(Shape shape, int64_t last) {
+  shape.push_back(last);
+  return shape;
+}
+
+int64_t product(const Shape& shape) {
+  int64_t total = 1;
+  for (int64_t size : shape) total *= size;
+  return total;
+}
+
+// A fresh output. Large ones are backed by huge pages: first touching 4 KiB pages costs more than the arithmetic.
+Tensor output(const Tensor& like, const Shape& shape, ScalarType dtype) {
+  Tensor tensor = torch::stable::new_empty(like, shape, dtype);
+#ifdef __linux__
+  constexpr size_t kLarge = size_t{8} << 20, kPage = 4096;
+  const size_t bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
+  if (bytes >= kLarge) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+    const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
+#endif
+  return tensor;
+}
+
+Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
+// Strides of a tensor over `shape`, to which it broadcasts; dimensions that step alike are merged.
+// `dropped` trailing dimensions of the tensor are left out. False when more dimensions remain than Rows holds.
+bool layout_rows(const Tensor& tensor, const Shape& shape, int64_t dropped, Rows* rows) {
+  rows->dims = 0;
+  const int64_t own = tensor.dim() - dropped, missing = static_cast<int64_t>(shape.size()) - own;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    const int64_t dim = static_cast<int64_t>(i) - missing;
+    const int64_t stride = dim < 0 || tensor.size(dim) == 1 ? 0 : tensor.stride(dim);
+    if (shape[i] == 1) continue;
+    if (rows->dims > 0 && rows->stride[rows->dims - 1] == stride * shape[i]) {
+      rows->size[rows->dims - 1] *= shape[i];
+      rows->stride[rows->dims - 1] = stride;
+      continue;
+    }
+    if (rows->dims == Rows::kMaxDims) return false;
+    rows->size[rows->dims] = shape[i];
+    rows->stride[rows->dims] = stride;
+    ++rows->dims;
+  }
+  return true;
+}
+
+// The tensor itself where its rows can be walked in place, else one contiguous copy.
+Tensor walkable(const Tensor& logits, Rows* rows) {
+  const Shape shape = leading_shape(logits);
+  if (logits.stride(-1) == 1 && layout_rows(logits, shape, 1, rows)) return logits;
+  if (logits.size(-1) == 1 && layout_rows(logits, shape, 1, rows)) return logits;
+  Tensor copy = torch::stable::contiguous(logits);
+  layout_rows(copy, shape, 1, rows);
+  return copy;
+}
+
+void parallel(int64_t tasks, const std::function<void(int64_t, int64_t)>& body) {
+  if (tasks > 0) torch::stable::parallel_for(0, tasks, 1, body);
+}
+
+// Grain for loops whose iterations are short.
+void parallel_rows(int64_t rows, const std::function<void(int64_t, int64_t)>& body) {
+  if (rows > 0) torch::stable::parallel_for(0, rows, 256, body);
+}
+
+// ---------------------------------------------------------------------------------------------------
+// soft_embedding
+
+const SoftEmbeddingTable& soft_embedding_table() {
+  switch (active_isa()) {
+#ifdef SOFTDIMO_HAVE_X86_64_V4
+    case Isa::x86_64_v4:
+      return x86_64_v4::soft_embedding_table();
+#endif
+#ifdef SOFTDIMO_HAVE_X86_64_V3
+    case Isa::x86_64_v3:
+      return x86_64_v3::soft_embedding_table();
+#endif
+    default:
+      return baseline::soft_embedding_table();
+  }
+}
+
+// A call with everything it points at.
+struct Prepared {
+  SoftEmbedding call{};
+  ScalarType compute;
+  SoftEmbeddingKernels kernels;
+  std::vector<Tensor> kept;
+
+  template <class T>
+  const T* keep(Tensor tensor) {
+    kept.push_back(std::move(tensor));
+    return static_cast<const T*>(kept.back().const_data_ptr());
+  }
+};
+
+bool is_double(const OptionalTensor& tensor) {
+  return tensor.has_value() && tensor->scalar_type() == ScalarType::Double;
+}
+
+void check_shapes(const Tensor& logits, const Tensor& codebook, const OptionalTensor& mask,
+                  const OptionalTensor& mask_embedding, const OptionalTensor& row_ids) {
+  STD_TORCH_CHECK(logits.is_cpu() && codebook.is_cpu(), "softdimo: expected CPU tensors");
+  STD_TORCH_CHECK(logits.dim() >= 1 && (codebook.dim() == 2 || codebook.dim() == 3), "softdimo: bad dimensions");
+  STD_TORCH_CHECK(codebook.size(-2) == logits.size(-1) && logits.size(-1) > 0 && codebook.size(-1) > 0,
+                  "softdimo: codebook does not fit the logits");
+  const int64_t groups = codebook.dim() == 3 ? codebook.size(0) : 1;
+  STD_TORCH_CHECK(groups > 0 && (codebook.dim() == 2 || (logits.dim() >= 2 && logits.size(-2) == groups)), "softdimo: groups do not fit");
+  const int64_t rows = product(leading_shape(logits));
+  STD_TORCH_CHECK(!mask.has_value() || (mask->numel() == rows && mask->scalar_type() == ScalarType::Bool &&
+                                        mask_embedding.has_value()),
+                  "softdimo: mask does not fit the logits");
+  STD_TORCH_CHECK(!mask_embedding.has_value() || mask_embedding->numel() == groups * codebook.size(-1),
+                  "softdimo: mask_embedding does not fit the codebook");
+  STD_TORCH_CHECK(!row_ids.has_value() || (row_ids->numel() == rows && row_ids->scalar_type() == ScalarType::Long),
+                  "softdimo: row_ids do not fit the logits");
+}
+
+// One temperature per row, NaN where it is not positive: that row becomes NaN.
+template <class T>
+Tensor row_temperatures(const Tensor& logits, const Tensor& temperature, ScalarType compute) {
+  const Shape shape = leading_shape(logits);
+  const Tensor wide = torch::stable::contiguous(torch::stable::to(temperature, compute));
+  Tensor out = torch::stable::new_empty(logits, {product(shape)}, compute);
+  Rows rows;
+  STD_TORCH_CHECK(layout_rows(wide, shape, 0, &rows), "softdimo: temperature has too many dimensions");
+  const T* source = static_cast<const T*>(wide.const_data_ptr());
+  T* target = static_cast<T*>(out.mutable_data_ptr());
+  for (int64_t n = 0; n < out.numel(); ++n) {
+    const T value = source[rows.offset(n)];
+    target[n] = value > T(0) ? value : std::numeric_limits<T>::quiet_NaN();
+  }
+  return out;
+}
+
+Prepared prepare(const Tensor& logits, const Tensor& codebook, double temperature,
+                 const OptionalTensor& row_temperature, const OptionalTensor& mask,
+                 const OptionalTensor& mask_embedding, const OptionalTensor& seed, const OptionalTensor& row_ids) {
+  check_shapes(logits, codebook, mask, mask_embedding, row_ids);
+  Prepared prepared;
+  const bool wide = is_double(logits) || is_double(codebook) || is_double(row_temperature) || is_double(mask_embedding);
+  prepared.compute = wide ? ScalarType::Double : ScalarType::Float;
+  prepared.kernels = wide ? soft_embedding_table().float64 : soft_embedding_table().float32;
+
+  SoftEmbedding& s = prepared.call;
+  s.rows = product(leading_shape(logits));
+  s.groups = codebook.dim() == 3 ? codebook.size(0) : 1;
+  s.vocabulary = logits.size(-1);
+  s.width = codebook.size(-1);
+  s.logits_type = dtype_of(logits);
+  s.logits = prepared.keep<void>(walkable(logits, &s.logits_rows));
+  s.codebook_type = dtype_of(codebook);
+  s.codebook = codebook.const_data_ptr();
+  s.codebook_stride[0] = codebook.dim() == 3 ? codebook.stride(0) : 0;
+  s.codebook_stride[1] = codebook.stride(-2);
+  s.codebook_stride[2] = codebook.stride(-1);
+  s.temperature = temperature;
+  if (row_temperature.has_value()) {
+    s.row_temperature = prepared.keep<void>(
+        wide ? row_temperatures<double>(logits, *row_temperature, prepared.compute)
+             : row_temperatures<float>(logits, *row_temperature, prepared.compute));
+  }
+  if (mask.has_value()) {
+    s.mask = prepared.keep<bool>(torch::stable::contiguous(*mask));
+    s.mask_embedding =
+        prepared.keep<void>(torch::stable::contiguous(torch::stable::to(*mask_embedding, prepared.compute)));
+  }
+  if (seed.has_value()) {
+    const int64_t* pair = prepared.keep<int64_t>(torch::stable::contiguous(*seed));
+    s.noise = true;
+    s.seed = static_cast<uint64_t>(pair[0]);
+    s.offset = static_cast<uint32_t>(pair[1]);
+    if (row_ids.has_value()) s.row_ids = prepared.keep<int64_t>(torch::stable::contiguous(*row_ids));
+  }
+  Tensor packed = output(logits, {prepared.kernels.packed_size(s.groups, s.vocabulary, s.width)}, prepared.compute);
+  parallel_rows(s.rows > 0 ? s.groups * s.vocabulary : 0, [&](int64_t begin, int64_t end) {
+    prepared.kernels.pack_codebook(s, packed.mutable_data_ptr(), begin, end);
+  });
+  s.packed_codebook = prepared.keep<void>(packed);
+  return prepared;
+}
+
+// Blocks small enough that every thread has a few; a row's result does not depend on its block.
+int64_t forward_block_rows(int64_t positions, int64_t groups) {
+  const int64_t tasks = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  return std::clamp<int64_t>(positions * groups / std::max<int64_t>(tasks, 1) / 14 * 14, 14, kBlockRows);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> soft_embedding(
+    const Tensor& logits, const Tensor& codebook, double temperature, const OptionalTensor& row_temperature,
+    const OptionalTensor& mask, const OptionalTensor& mask_embedding, const OptionalTensor& seed,
+    const OptionalTensor& row_ids, bool hard) {
+  const Prepared prepared =
+      prepare(logits, codebook, temperature, row_temperature, mask, mask_embedding, seed, row_ids);
+  const SoftEmbedding& s = prepared.call;
+  const Shape rows = leading_shape(logits), shape = with(rows, s.width);
+  Tensor value = output(codebook, shape, codebook.scalar_type());
+  Tensor row_max = output(logits, rows, prepared.compute), row_sum = output(logits, rows, prepared.compute);
+  const bool keeps_soft = hard || codebook.scalar_type() != prepared.compute;
+  Tensor soft = keeps_soft ? output(logits, shape, prepared.compute)
+                           : torch::stable::new_empty(logits, {0}, prepared.compute);
+
+  const int64_t positions = s.rows / s.groups, block = forward_block_rows(positions, s.groups);
+  const Forward job{s, hard, block, value.mutable_data_ptr(), row_max.mutable_data_ptr(), row_sum.mutable_data_ptr(),
+                    keeps_soft ? soft.mutable_data_ptr() : nullptr};
+  parallel(s.groups * ((positions + block - 1) / block),
+           [&](int64_t begin, int64_t end) { prepared.kernels.forward(job, begin, end); });
+  return {value, row_max, row_sum, soft};
+}
+
+// How the backward is cut into tasks: by shapes alone, so that sums over rows form the same tree on any machine.
+struct Cut {
+  int64_t tile, tiles, splits;
+};
+
+Cut backward_cut(const SoftEmbedding& s) {
+  constexpr int64_t kTasks = 64, kLeastRows = 4 * kBlockRows, kMostPartialBytes = int64_t{32} << 20;
+  const int64_t tile = std::min<int64_t>(s.width > 256 ? 128 : kVocabularyChunk, (s.vocabulary + 3) / 4 * 4);
+  const int64_t tiles = (s.vocabulary + tile - 1) / tile;
+  const int64_t table_bytes = s.groups * s.vocabulary * s.width * static_cast<int64_t>(sizeof(double));
+  const int64_t by_rows = s.rows / s.groups / kLeastRows, by_memory = kMostPartialBytes / table_bytes;
+  const int64_t splits = std::min({kTasks / (tiles * s.groups), by_rows, by_memory});
+  return {tile, tiles, std::max<int64_t>(splits, 1)};
+}
+
+Tensor reduced(const Prepared& prepared, const Tensor& parts, int64_t count, const Tensor& like) {
+  Tensor out = output(like, leading_shape(like, 0), like.scalar_type());
+  const int64_t n = out.numel();
+  parallel_rows(n, [&](int64_t begin, int64_t end) {
+    prepared.kernels.reduce(parts.const_data_ptr(), count, n, out.mutable_data_ptr(), dtype_of(like), begin, end);
+  });
+  return out;
+}
+
+Tensor mask_embedding_gradient(const Prepared& prepared, const Tensor& grad, const Tensor& mask_embedding) {
+  const SoftEmbedding& s = prepared.call;
+  const int64_t chunks = std::max<int64_t>((s.rows / s.groups + kMaskChunk - 1) / kMaskChunk, 1);
+  Tensor parts = torch::stable::new_empty(grad, {chunks, s.groups, s.width}, prepared.compute);
+  parallel(chunks, [&](int64_t begin, int64_t end) {
+    prepared.kernels.mask_gradient(s, grad.const_data_ptr(), parts.mutable_data_ptr(), begin, end);
+  });
+  return reduced(prepared, parts, chunks, mask_embedding);
+}
+
+// Sums over the dimensions along which the temperature was broadcast.
+Tensor temperature_gradient(const Tensor& per_row, const Tensor& logits, const Tensor& temperature) {
+  const Shape rows = leading_shape(logits);
+  const int64_t missing = static_cast<int64_t>(rows.size()) - temperature.dim();
+  Shape summed;
+  for (int64_t i = 0; i < static_cast<int64_t>(rows.size()); ++i) {
+    if (i < missing || (temperature.size(i - missing) == 1 && rows[i] != 1)) summed.push_back(i);
+  }
+  Tensor total = torch::stable::reshape(per_row, rows);
+  if (!summed.empty()) total = torch::stable::sum(total, summed, true);
+  total = torch::stable::reshape(total, leading_shape(temperature, 0));
+  return torch::stable::to(total, temperature.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> soft_embedding_backward(
+    const Tensor& grad, const Tensor& logits, const Tensor& codebook, double temperature,
+    const OptionalTensor& row_temperature, const OptionalTensor& mask, const OptionalTensor& mask_embedding,
+    const OptionalTensor& seed, const OptionalTensor& row_ids, const Tensor& row_max, const Tensor& row_sum,
+    const Tensor& soft, std::vector<bool> wanted) {
+  const Prepared prepared =
+      prepare(logits, codebook, temperature, row_temperature, mask, mask_embedding, seed, row_ids);
+  const SoftEmbedding& s = prepared.call;
+  STD_TORCH_CHECK(wanted.size() == 4 && grad.numel() == s.rows * s.width && soft.numel() == s.rows * s.width &&
+                      soft.scalar_type() == prepared.compute && row_max.numel() == s.rows &&
+                      row_max.scalar_type() == prepared.compute && row_sum.numel() == s.rows,
+                  "softdimo: the saved tensors do not fit the logits");
+  const Tensor upstream = torch::stable::contiguous(torch::stable::to(grad, codebook.scalar_type()));
+  const Tensor wide = torch::stable::contiguous(soft);
+  const Tensor tops = torch::stable::contiguous(row_max), sums = torch::stable::contiguous(row_sum);
+  const bool wants_temperature = wanted[2] && row_temperature.has_value();
+  const bool wants_mask = wanted[3] && mask.has_value();
+  Tensor dlogits = wanted[0] ? output(logits, leading_shape(logits, 0), logits.scalar_type()) : nothing(logits);
+  Tensor dcodebook = nothing(codebook), dtemperature = nothing(logits), dmask = nothing(logits);
+
+  if (wanted[0] || wanted[1] || wants_temperature) {
+    const Cut cut = backward_cut(s);
+    const size_t partial = prepared.compute == ScalarType::Double ? sizeof(RowPartial<double>) : sizeof(RowPartial<float>);
+    Tensor delta = torch::stable::new_empty(logits, {s.rows}, prepared.compute);
+    Tensor partials = output(logits, {cut.tiles * s.rows * static_cast<int64_t>(partial)}, ScalarType::Byte);
+    Tensor parts = wanted[1] ? output(logits, {cut.splits, s.groups, s.vocabulary, s.width}, prepared.compute)
+                             : nothing(logits);
+    Tensor slopes = torch::stable::new_empty(logits, {wants_temperature ? s.rows : 0}, prepared.compute);
+    const Backward job{s, upstream.const_data_ptr(), tops.const_data_ptr(), sums.const_data_ptr(),
+                       wide.const_data_ptr(), delta.mutable_data_ptr(), cut.tile, cut.splits,
+                       partials.mutable_data_ptr(), wanted[0] ? dlogits.mutable_data_ptr() : nullptr,
+                       wanted[1] ? parts.mutable_data_ptr() : nullptr,
+                       wants_temperature ? slopes.mutable_data_ptr() : nullptr};
+    parallel_rows(s.rows, [&](int64_t begin, int64_t end) { prepared.kernels.row_dots(job, begin, end); });
+    parallel(s.groups * cut.splits * cut.tiles,
+             [&](int64_t begin, int64_t end) { prepared.kernels.backward(job, begin, end); });
+    parallel_rows(s.rows, [&](int64_t begin, int64_t end) { prepared.kernels.finish_rows(job, begin, end); });
+    if (wanted[1]) dcodebook = reduced(prepared, parts, cut.splits, codebook);
+    if (wants_temperature) dtemperature = temperature_gradient(slopes, logits, *row_temperature);
+  }
+  if (wants_mask) dmask = mask_embedding_gradient(prepared, upstream, *mask_embedding);
+  return {dlogits, dcodebook, dtemperature, dmask};
+}
+
+std::string cpu_isa() { return isa_name(active_isa()); }
+std::string compiled_cpu_isas() { return compiled_isas(); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(softdimo, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("compiled_cpu_isas", TORCH_BOX(&compiled_cpu_isas));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(softdimo, CPU, m) {
+  m.impl("soft_embedding", TORCH_BOX(&soft_embedding));
+  m.impl("soft_embedding_backward", TORCH_BOX(&soft_embedding_backward));
+}
+
+}  // namespace softdimo::cpu

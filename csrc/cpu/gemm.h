@@ -1,0 +1,107 @@
+// A register-blocked matrix product: C[M, N] (+)= A[M, K] B[K, N], A and B anywhere, N a multiple of the vector.
+//
+// One tile keeps MR x NV vectors of C in registers; per k it loads NV vectors of B and broadcasts MR scalars of A.
+// Sums start at zero and C is added at the end: at large K that loses less than starting from C. Every entry of C
+// is the same chain of operations whatever MR its row fell into, so a row's bits do not depend on its neighbours.
+#pragma once
+
+#include "simd.h"
+
+namespace softdimo::cpu::SOFTDIMO_ISA {
+
+// Rows per tile: accumulators fill the register file, less B's vectors and a temporary.
+#if SOFTDIMO_SIMD_BYTES == 64
+constexpr int kTileRows = 14;  // of 32 registers
+#elif SOFTDIMO_SIMD_BYTES == 32
+constexpr int kTileRows = 6;  // of 16
+#else
+constexpr int kTileRows = 4;  // of 16, without fused multiply-add
+#endif
+
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t row;  // stride between rows
+  int64_t col;  // stride between columns
+};
+
+template <class T, int MR, int NV>
+__attribute__((noinline)) void tile(int64_t depth, Matrix<const T> a, const T* b, int64_t b_row, T* c,
+                                    int64_t c_row, bool add) {
+  constexpr int kLane = kLanes<T>;
+  Vec<T> sum[MR][NV];
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; ++n) sum[m][n] = Vec<T>{};
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<T> right[NV];
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; ++n) right[n] = load(b + k * b_row + n * kLane);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      const T left = a.data[m * a.row + k * a.col];
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; ++n) sum[m][n] += right[n] * left;
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; ++n) {
+      T* out = c + m * c_row + n * kLane;
+      store(out, add ? sum[m][n] + load(out) : sum[m][n]);
+    }
+  }
+}
+
+template <class T, int NV, int MR = kTileRows>
+SOFTDIMO_INLINE void tile_of(int rows, int64_t depth, Matrix<const T> a, const T* b, int64_t b_row, T* c,
+                             int64_t c_row, bool add) {
+  if constexpr (MR > 1) {
+    if (rows < MR) return tile_of<T, NV, MR - 1>(rows, depth, a, b, b_row, c, c_row, add);
+  }
+  tile<T, MR, NV>(depth, a, b, b_row, c, c_row, add);
+}
+
+// One panel of NV vectors of columns, all rows: rows are split evenly into tiles.
+template <class T, int NV>
+void panel(int64_t rows, int64_t depth, Matrix<const T> a, const T* b, int64_t b_row, T* c, int64_t c_row,
+           bool add) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t i = 0, row = 0; i < tiles; ++i) {
+    const int count = static_cast<int>((rows - row) / (tiles - i));
+    tile_of<T, NV>(count, depth, {a.data + row * a.row, a.row, a.col}, b, b_row, c + row * c_row, c_row, add);
+    row += count;
+  }
+}
+
+// Columns of one panel, and a width rounded up to whole panels.
+template <class T>
+SOFTDIMO_INLINE int64_t panel_width(int64_t columns) {
+  return columns > kLanes<T> ? 2 * kLanes<T> : kLanes<T>;
+}
+template <class T>
+SOFTDIMO_INLINE int64_t padded(int64_t columns) {
+  const int64_t width = panel_width<T>(columns);
+  return (columns + width - 1) / width * width;
+}
+
+// C[rows, columns] (+)= A B. Panel i of B starts at b + i * b_panel and has b_row between its rows. `columns` is
+// padded<T>(...) of something: the last panel may hold zeros.
+template <class T>
+void gemm(int64_t rows, int64_t columns, int64_t depth, Matrix<const T> a, const T* b, int64_t b_panel,
+          int64_t b_row, T* c, int64_t c_row, bool add) {
+  const int64_t width = panel_width<T>(columns);
+  for (int64_t column = 0; column < columns; column += width) {
+    const T* right = b + column / width * b_panel;
+    if (width > kLanes<T>) {
+      panel<T, 2>(rows, depth, a, right, b_row, c + column, c_row, add);
+    } else {
+      panel<T, 1>(rows, depth, a, right, b_row, c + column, c_row, add);
+    }
+  }
+}
+
+}  // namespace softdimo::cpu::SOFTDIMO_ISA

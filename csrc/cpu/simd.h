@@ -1,0 +1,207 @@
+// Vectors of one instruction set, through the compiler's vector types: one source for every width.
+//
+// SOFTDIMO_SIMD_BYTES is the register width of the instruction set this file is compiled for. Everything lives
+// in a namespace named after it: the linker must never merge code of two instruction sets. For the same reason
+// kernels use no standard-library templates.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "softdimo/dtype.h"
+
+#define SOFTDIMO_INLINE inline __attribute__((always_inline))
+
+namespace softdimo::cpu::SOFTDIMO_ISA {
+
+template <class T>
+struct SimdTypes;
+template <>
+struct SimdTypes<float> {
+  typedef float Vector __attribute__((vector_size(SOFTDIMO_SIMD_BYTES)));
+  typedef float Unaligned __attribute__((vector_size(SOFTDIMO_SIMD_BYTES), aligned(4), may_alias));
+};
+template <>
+struct SimdTypes<double> {
+  typedef double Vector __attribute__((vector_size(SOFTDIMO_SIMD_BYTES)));
+  typedef double Unaligned __attribute__((vector_size(SOFTDIMO_SIMD_BYTES), aligned(8), may_alias));
+};
+
+template <class T>
+using Vec = typename SimdTypes<T>::Vector;
+template <class T>
+constexpr int kLanes = SOFTDIMO_SIMD_BYTES / static_cast<int>(sizeof(T));
+
+typedef int32_t IntVec __attribute__((vector_size(SOFTDIMO_SIMD_BYTES)));
+typedef uint32_t UintVec __attribute__((vector_size(SOFTDIMO_SIMD_BYTES)));
+
+template <class T>
+SOFTDIMO_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename SimdTypes<T>::Unaligned*>(p);
+}
+template <class T>
+SOFTDIMO_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename SimdTypes<T>::Unaligned*>(p) = v;
+}
+template <class T>
+SOFTDIMO_INLINE Vec<T> splat(T value) {
+  return Vec<T>{} + value;
+}
+
+// Lanes added in index order: the same result for the same lanes, always.
+template <class T>
+SOFTDIMO_INLINE T lane_sum(Vec<T> v) {
+  T sum = v[0];
+  for (int i = 1; i < kLanes<T>; ++i) sum += v[i];
+  return sum;
+}
+template <class T>
+SOFTDIMO_INLINE T lane_max(Vec<T> v) {
+  T best = v[0];
+  for (int i = 1; i < kLanes<T>; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+template <class To, class From>
+SOFTDIMO_INLINE To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// exp(t) for t <= 0 within 1 ulp or so; 0 below the normal range, NaN for NaN.
+SOFTDIMO_INLINE Vec<float> exp_nonpositive(Vec<float> t) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const Vec<float> shifted = t * 1.44269504088896341f + kMagic;
+  const Vec<float> n = shifted - kMagic;
+  Vec<float> r = t - n * 0.693359375f;  // ln 2 in two parts: the first product is exact
+  r = r + n * 2.12194440e-4f;
+  Vec<float> poly = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  poly = poly * r + 8.3334519073e-3f;
+  poly = poly * r + 4.1665795894e-2f;
+  poly = poly * r + 1.6666665459e-1f;
+  poly = poly * r + 5.0000001201e-1f;
+  poly = poly * (r * r) + r + 1.0f;
+  const Vec<float> scale = (Vec<float>)(((UintVec)shifted + 127u) << 23);  // 2^n; the magic bits shift out
+  return t < -87.0f ? Vec<float>{} : poly * scale;
+}
+SOFTDIMO_INLINE Vec<double> exp_nonpositive(Vec<double> t) {
+  Vec<double> out{};
+  for (int i = 0; i < kLanes<double>; ++i) out[i] = ::exp(t[i]);
+  return out;
+}
+
+// log(x) for normal positive x.
+SOFTDIMO_INLINE Vec<float> log_positive(Vec<float> x) {
+  const UintVec raw = (UintVec)x;
+  // Mantissa in [sqrt(1/2), sqrt(2)), exponent to match.
+  const UintVec biased = raw - 0x3F3504F3u;
+  const IntVec exponent = (IntVec)biased >> 23;
+  const Vec<float> z = (Vec<float>)((biased & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
+  const Vec<float> e = __builtin_convertvector(exponent, Vec<float>);
+  Vec<float> poly = z * 7.0376836292e-2f - 1.1514610310e-1f;
+  poly = poly * z + 1.1676998740e-1f;
+  poly = poly * z - 1.2420140846e-1f;
+  poly = poly * z + 1.4249322787e-1f;
+  poly = poly * z - 1.6668057665e-1f;
+  poly = poly * z + 2.0000714765e-1f;
+  poly = poly * z - 2.4999993993e-1f;
+  poly = poly * z + 3.3333331174e-1f;
+  const Vec<float> square = z * z;
+  Vec<float> tail = poly * square * z - e * 2.12194440e-4f - square * 0.5f;
+  return e * 0.693359375f + (z + tail);
+}
+
+// Standard Gumbel noise from uniforms on (0, 1): -log(-log(1 - u)), with full precision for u near 0.
+SOFTDIMO_INLINE Vec<float> gumbel(Vec<float> u) {
+  const Vec<float> y = 1.0f - u;
+  const Vec<float> rounding = (y - 1.0f) + u;
+  return -log_positive(rounding / y - log_positive(y));
+}
+SOFTDIMO_INLINE Vec<double> gumbel(Vec<double> u) {
+  Vec<double> out{};
+  for (int i = 0; i < kLanes<double>; ++i) out[i] = -::log(-::log1p(-u[i]));
+  return out;
+}
+
+// 16-bit floats, one at a time; the compiler vectorises the loops around them.
+SOFTDIMO_INLINE float from_bfloat16(uint16_t h) { return bits<float>(uint32_t{h} << 16); }
+SOFTDIMO_INLINE uint16_t to_bfloat16(float f) {
+  const uint32_t u = bits<uint32_t>(f);
+  const uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>(f == f ? rounded : 0x7FC0u);
+}
+SOFTDIMO_INLINE float from_float16(uint16_t h) {
+  const uint32_t sign = uint32_t{h & 0x8000u} << 16;
+  const uint32_t magnitude = uint32_t{h & 0x7FFFu} << 13;
+  const float scaled = bits<float>(magnitude) * 5.192296858534828e33f;  // 2^112 rebiases, subnormals too
+  const uint32_t special = bits<uint32_t>(scaled) | 0x7F800000u;         // infinity and NaN
+  return bits<float>(sign | ((h & 0x7C00u) == 0x7C00u ? special : bits<uint32_t>(scaled)));
+}
+SOFTDIMO_INLINE uint16_t to_float16(float f) {
+  const uint32_t u = bits<uint32_t>(f), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7FFFFFFFu;
+  // Normal results: rebias and round to even. Subnormal: adding 0.5 rounds at the right bit.
+  const uint32_t normal = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t subnormal = bits<uint32_t>(bits<float>(magnitude) + 0.5f) - 0x3F000000u;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477FF000u ? 0x7C00u : half;
+  half = magnitude > 0x7F800000u ? 0x7E00u : half;
+  return static_cast<uint16_t>(sign | half);
+}
+
+// n elements at `source`, which starts `first` elements into a tensor of `dtype`, as T.
+template <class T>
+SOFTDIMO_INLINE void widen(const void* source, DType dtype, int64_t first, int64_t n, T* out) {
+  switch (dtype) {
+    case DType::float64: {
+      const double* p = static_cast<const double*>(source) + first;
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(p[i]);
+      break;
+    }
+    case DType::float32: {
+      const float* p = static_cast<const float*>(source) + first;
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(p[i]);
+      break;
+    }
+    case DType::bfloat16: {
+      const uint16_t* p = static_cast<const uint16_t*>(source) + first;
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(from_bfloat16(p[i]));
+      break;
+    }
+    case DType::float16: {
+      const uint16_t* p = static_cast<const uint16_t*>(source) + first;
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(from_float16(p[i]));
+      break;
+    }
+  }
+}
+
+template <class T>
+SOFTDIMO_INLINE void narrow(const T* in, int64_t n, void* target, DType dtype, int64_t first) {
+  switch (dtype) {
+    case DType::float64: {
+      double* p = static_cast<double*>(target) + first;
+      for (int64_t i = 0; i < n; ++i) p[i] = static_cast<double>(in[i]);
+      break;
+    }
+    case DType::float32: {
+      float* p = static_cast<float*>(target) + first;
+      for (int64_t i = 0; i < n; ++i) p[i] = static_cast<float>(in[i]);
+      break;
+    }
+    case DType::bfloat16: {
+      uint16_t* p = static_cast<uint16_t*>(target) + first;
+      for (int64_t i = 0; i < n; ++i) p[i] = to_bfloat16(static_cast<float>(in[i]));
+      break;
+    }
+    case DType::float16: {
+      uint16_t* p = static_cast<uint16_t*>(target) + first;
+      for (int64_t i = 0; i < n; ++i) p[i] = to_float16(static_cast<float>(in[i]));
+      break;
+    }
+  }
+}
+
+}  // namespace softdimo::cpu::SOFTDIMO_ISA

@@ -1,0 +1,109 @@
+// soft_embedding on CPUs: what the binding tells the kernels, and the table of kernels of one instruction set.
+//
+//   y[n]  = logits[n] + gumbel(seed, row_ids[n])         noise only where asked for
+//   p[n]  = softmax(y[n] / T[n])
+//   e[n]  = sum_v p[n, v] E[v]                           masked rows: the mask embedding
+//
+// "T" below is the compute type: float, or double when any input is double. A row is one (position, group) pair;
+// row n belongs to group n % groups.
+#pragma once
+
+#include <cstdint>
+
+#include "softdimo/dtype.h"
+
+namespace softdimo::cpu {
+
+struct SoftEmbedding {
+  const void* logits;
+  DType logits_type;
+  Rows logits_rows;
+  int64_t rows;
+  int64_t groups;
+  int64_t vocabulary;
+  int64_t width;
+
+  const void* codebook;  // [G, V, D] in its own type and strides
+  DType codebook_type;
+  int64_t codebook_stride[3];
+  const void* packed_codebook;  // T, written by pack_codebook
+
+  double temperature;
+  const void* row_temperature;  // T [rows], NaN where not positive; null for the scalar
+  const bool* mask;             // [rows]; null when nothing is masked
+  const void* mask_embedding;   // T [G, D]
+
+  bool noise;
+  uint64_t seed;
+  uint32_t offset;
+  const int64_t* row_ids;  // [rows]; null for 0 .. rows - 1
+};
+
+struct Forward {
+  SoftEmbedding call;
+  bool hard;
+  int64_t block_rows;  // rows of one task, at most kBlockRows
+  void* output;        // [rows, D] in the codebook's type
+  void* row_max;       // T [rows]: max y
+  void* row_sum;       // T [rows]: sum exp((y - max) / T)
+  void* soft;          // T [rows, D]; null when the output is it
+};
+
+// What one task of the backward leaves behind for a row, about its slice of the vocabulary.
+template <class T>
+struct RowPartial {
+  T sum;        // of dlogits, without a dominant entry
+  T slope;      // of dlogits * (y - max)
+  int64_t peak; // index of the entry with p > 1/2, or -1
+};
+
+struct Backward {
+  SoftEmbedding call;
+  const void* grad;  // [rows, D] contiguous in the codebook's type
+  const void* row_max;
+  const void* row_sum;
+  const void* soft;      // T [rows, D]
+  void* delta;           // T [rows]: g . e
+  int64_t tile;          // vocabulary entries of one task: a multiple of 4, at most kVocabularyChunk
+  int64_t splits;        // parts of the rows, each with codebook gradients of its own
+  void* partials;        // RowPartial<T> [tiles, rows]
+  void* dlogits;         // [rows, V] contiguous in the logits' type; null when not wanted
+  void* dcodebook;       // T [splits, G, V, D]; null when not wanted
+  void* dtemperature;    // T [rows]; null when not wanted
+};
+
+// Kernels take a range of tasks; tasks are independent and may run in any order and on any thread.
+struct SoftEmbeddingKernels {
+  int64_t (*packed_size)(int64_t groups, int64_t vocabulary, int64_t width);  // elements of T
+  void (*pack_codebook)(const SoftEmbedding&, void* packed, int64_t begin, int64_t end);  // over G * V rows
+  void (*forward)(const Forward&, int64_t begin, int64_t end);   // over groups x blocks of rows
+  void (*row_dots)(const Backward&, int64_t begin, int64_t end);  // over rows
+  void (*backward)(const Backward&, int64_t begin, int64_t end);  // over groups x splits x tiles
+  void (*finish_rows)(const Backward&, int64_t begin, int64_t end);  // over rows
+  // Sum over `parts` of T [parts, n] in index order, into [n] of the given type.
+  void (*reduce)(const void* parts, int64_t parts_count, int64_t n, void* out, DType, int64_t begin, int64_t end);
+  // Sum of g over the masked rows of one chunk, into T [chunks, G, D]; over chunks of kMaskChunk positions.
+  void (*mask_gradient)(const SoftEmbedding&, const void* grad, void* chunks, int64_t begin, int64_t end);
+};
+
+// Fixed sizes: results depend on them and on shapes, never on the number of threads.
+constexpr int64_t kVocabularyChunk = 256;  // entries of a row that are merged at a time
+constexpr int64_t kBlockRows = 112;        // most rows of one block
+constexpr int64_t kMaskChunk = 256;        // positions of one partial mask-embedding gradient
+
+struct SoftEmbeddingTable {
+  SoftEmbeddingKernels float32;
+  SoftEmbeddingKernels float64;
+};
+
+namespace baseline {
+const SoftEmbeddingTable& soft_embedding_table();
+}
+namespace x86_64_v3 {
+const SoftEmbeddingTable& soft_embedding_table();
+}
+namespace x86_64_v4 {
+const SoftEmbeddingTable& soft_embedding_table();
+}
+
+}  // namespace softdimo::cpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ KERNELS = "softdimo"
 def reference_operator(
     name: str,
     forward: Callable[..., Any],
-    backward: Callable[..., tuple[Tensor, ...]] | None = None,
+    backward: Callable[..., Tensor | tuple[Tensor, ...]] | None = None,
     differentiable: Sequence[str] = (),
 ) -> None:
     """Registers ``softdimo_reference::name`` (and ``name_backward``) from plain-torch functions.
@@ -25,19 +26,13 @@ def reference_operator(
     Args:
         forward: plain torch, typed; one tensor result when it is differentiable.
         backward: called as ``backward(grad, *forward_arguments, wanted)`` and returns one gradient (or an
-            empty tensor) for each name in ``differentiable``.
+            empty tensor) for each name in ``differentiable``; a single one as a bare tensor.
         differentiable: the arguments of ``forward`` that get a gradient, in the order of ``backward``'s results.
     """
-    operator = torch.library.custom_op(f"{REFERENCE}::{name}", forward, mutates_args=())
-    operator.register_fake(forward)
-    _refuse_vmap(operator, name)
+    operator = _opaque(name, name, forward)
     if backward is None:
         return
-    backward_operator = torch.library.custom_op(
-        f"{REFERENCE}::{name}_backward", backward, mutates_args=()
-    )
-    backward_operator.register_fake(backward)
-    _refuse_vmap(backward_operator, name)
+    backward_operator = _opaque(f"{name}_backward", name, backward)
     arguments = list(forward.__code__.co_varnames[: forward.__code__.co_argcount])
     positions = [arguments.index(argument) for argument in differentiable]
 
@@ -46,14 +41,16 @@ def reference_operator(
             return (None,) * len(arguments)
         inputs = restore_inputs(ctx)
         wanted = [bool(ctx.needs_input_grad[position]) for position in positions]
-        results = backward_operator(grad, *inputs, wanted)
+        results = _as_tuple(backward_operator(grad, *inputs, wanted))
         return place(results, positions, wanted, len(inputs))
 
     operator.register_autograd(gradients, setup_context=save_inputs)
     register_double_backward(f"{REFERENCE}::{name}_backward", backward)
 
 
-def register_double_backward(name: str, formula: Callable[..., tuple[Tensor, ...]]) -> None:
+def register_double_backward(
+    name: str, formula: Callable[..., Tensor | tuple[Tensor, ...]]
+) -> None:
     """Makes a backward operator differentiable (in eager) through ``formula``, its plain-torch equal.
 
     ``formula`` takes the operator's own arguments.
@@ -68,7 +65,7 @@ def register_double_backward(name: str, formula: Callable[..., tuple[Tensor, ...
             if not third_derivative:
                 for i in sources:
                     arguments[i] = inputs[i].detach().requires_grad_()
-            results = formula(*arguments)
+            results = _as_tuple(formula(*arguments))
             pairs = [
                 (result, grad)
                 for result, grad in zip(results, grads, strict=True)
@@ -92,6 +89,17 @@ def register_double_backward(name: str, formula: Callable[..., tuple[Tensor, ...
     torch.library.register_autograd(name, gradients, setup_context=save_inputs)
 
 
+def without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn`` with autocast off inside: a specification computes in the dtype it says."""
+
+    @functools.wraps(fn)
+    def run(first: Tensor, *rest: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return fn(first, *rest)
+
+    return run
+
+
 def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Saves every input: tensors through autograd (version-checked), the rest as they are."""
     ctx.set_materialize_grads(False)
@@ -105,6 +113,11 @@ def restore_inputs(ctx: Any) -> list[Any]:
     return [next(tensors) if other is None else other[0] for other in ctx.others]
 
 
+def _as_tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The results of an operator; torch hands a single one over bare."""
+    return (results,) if isinstance(results, Tensor) else results
+
+
 def place(
     results: Sequence[Tensor], positions: Sequence[int], wanted: Sequence[bool], count: int
 ) -> tuple[Tensor | None, ...]:
@@ -116,8 +129,17 @@ def place(
     return tuple(slots)
 
 
-def _refuse_vmap(operator: Any, name: str) -> None:
-    torch.library.register_vmap(operator, vmap_refusal(name))
+def _opaque(name: str, public: str, fn: Callable[..., Any]) -> Any:
+    """``softdimo_reference::name`` from a typed plain-torch function."""
+    operator = torch.library.custom_op(
+        f"{REFERENCE}::{name}",
+        without_autocast(fn),
+        mutates_args=(),
+        schema=torch.library.infer_schema(fn, mutates_args=()),
+    )
+    operator.register_fake(fn)
+    torch.library.register_vmap(operator, vmap_refusal(public))
+    return operator
 
 
 def vmap_refusal(name: str) -> Callable[..., Any]:

@@ -173,10 +173,8 @@ def _check_mask_embedding(
     if mask_embedding is None:
         raise ValueError(f"{NAME}: mask_embedding is required when mask is given, got None")
     check.require_floating(NAME, "mask_embedding", mask_embedding)
-    if codebook.dim() == 3:
-        expected, pattern = (codebook.shape[0], codebook.shape[2]), "[G, D]"
-    else:
-        expected, pattern = (codebook.shape[1],), "[D]"
+    pattern = "[G, D]" if codebook.dim() == 3 else "[D]"
+    expected = codebook.shape[:-2] + codebook.shape[-1:]
     check.require_shape(NAME, "mask_embedding", mask_embedding, expected, pattern)
     return check.autocast(mask_embedding)
 

@@ -15,9 +15,7 @@ class _Record(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(func._schema.name)
         return func(*args, **(kwargs or {}))
 
@@ -52,7 +50,9 @@ def assert_compiles_bitwise(fn: Callable[..., Tensor], *inputs: Tensor) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(fn, fullgraph=True, dynamic=True)
     value, grads = gradients(fn, inputs, upstream=_fixed_upstream(fn, inputs))
-    compiled_value, compiled_grads = gradients(compiled, inputs, upstream=_fixed_upstream(fn, inputs))
+    compiled_value, compiled_grads = gradients(
+        compiled, inputs, upstream=_fixed_upstream(fn, inputs)
+    )
     assert_same_bits(value, compiled_value)
     for i, (first, second) in enumerate(zip(grads, compiled_grads, strict=True)):
         assert_same_bits(first, second, f"gradient {i}")

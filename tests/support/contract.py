@@ -28,7 +28,12 @@ def relative_errors(value: Tensor, truth: Tensor) -> tuple[float, float]:
 
 
 def assert_contract(
-    ours: Tensor, yardstick: Tensor, truth: Tensor, *, floor: float | None = None, what: str = "value"
+    ours: Tensor,
+    yardstick: Tensor,
+    truth: Tensor,
+    *,
+    floor: float | None = None,
+    what: str = "value",
 ) -> None:
     """``ours`` keeps the contract: error <= 2 x the yardstick's + floor, in norm and in max."""
     floor = FLOORS[ours.dtype] if floor is None else floor

@@ -1,0 +1,113 @@
+"""Compiles the CUDA kernels for the CPU (tests/emulation) and loads them.
+
+Unchanged sources are not compiled again.
+
+With SOFTDIMO_EMULATION_SANITIZE=1 they are compiled with AddressSanitizer and UndefinedBehaviorSanitizer,
+whose run-time libraries have to be in the process from its start:
+
+    SOFTDIMO_EMULATION_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \\
+    LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \\
+    python -m pytest tests/emulation
+
+(detect_leaks=0 because Python keeps memory to its end; libstdc++ so that exceptions are intercepted too.)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+EMULATION = ROOT / "tests" / "emulation"
+NAME = "softdimo_emulation"
+SANITIZE = os.environ.get("SOFTDIMO_EMULATION_SANITIZE", "0") not in ("", "0")
+
+
+def _compiler() -> list[str]:
+    optimisation = (
+        ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        if SANITIZE
+        else ["-O2"]
+    )
+    return [
+        *os.environ.get("CXX", "g++").split(),
+        "-std=c++17", *optimisation, "-fPIC", "-fvisibility=hidden",
+        "-fno-strict-aliasing",  # kernels read memory as vectors
+        "-ffp-contract=off",  # as nvcc is told: fused only where the source says fmaf
+        "-U_FORTIFY_SOURCE",  # its longjmp refuses to change stacks
+        "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+        f"-I{EMULATION}",  # before ours: launch.h, ptx.cuh and CUDA's own headers are found here
+        f"-I{ROOT / 'csrc' / 'include'}",
+        "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"),
+    ]  # fmt: skip
+
+
+def _run(command: list[str]) -> bytes:
+    """Runs the compiler; the sanitizers of a preloaded run are not for it."""
+    env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    return subprocess.run(command, check=True, env=env, stdout=subprocess.PIPE).stdout
+
+
+def _common_fingerprint() -> bytes:
+    """Of what every object depends on: the compiler, how it is called, the headers."""
+    digest = hashlib.sha256(_run([_compiler()[0], "--version"]))
+    digest.update(repr((_compiler(), sys.version, pybind11.__version__)).encode())
+    headers = [*EMULATION.rglob("*.*h"), *(ROOT / "csrc" / "include").rglob("*.*h")]
+    for path in sorted(headers):
+        digest.update(path.read_bytes())
+    return digest.digest()
+
+
+def _object(source: Path, folder: Path, common: bytes) -> Path:
+    """The object file of a source, named by all that it depends on."""
+    digest = hashlib.sha256(common + source.read_bytes()).hexdigest()[:16]
+    target = folder / f"{source.stem}-{digest}.o"
+    if not target.exists():
+        for old in folder.glob(f"{source.stem}-*.o"):
+            old.unlink()
+        part = target.with_suffix(".part")
+        _run([*_compiler(), "-c", "-x", "c++", str(source), "-o", str(part)])
+        part.rename(target)
+    return target
+
+
+def build() -> Path:
+    """The compiled module, fresh or from build/emulation."""
+    folder = ROOT / "build" / "emulation" / ("sanitized" if SANITIZE else "plain")
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / (NAME + sysconfig.get_config_var("EXT_SUFFIX"))
+    sources = [EMULATION / "module.cpp", EMULATION / "planted.cu"]
+    sources += sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        common = _common_fingerprint()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(lambda source: _object(source, folder, common), sources))
+        newest = max(path.stat().st_mtime for path in objects)
+        if not library.exists() or library.stat().st_mtime < newest:
+            part = library.with_suffix(".part")
+            _run([*_compiler(), "-shared", *map(str, objects), "-o", str(part)])
+            part.rename(library)
+    return library
+
+
+def load() -> ModuleType:
+    """The module with the emulated launchers."""
+    if SANITIZE and "libasan" not in os.environ.get("LD_PRELOAD", ""):
+        raise RuntimeError(f"SOFTDIMO_EMULATION_SANITIZE=1 needs LD_PRELOAD, as {__file__} says")
+    spec = importlib.util.spec_from_file_location(NAME, build())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

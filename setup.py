@@ -9,6 +9,15 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
+
+# pip checks this itself, except with --no-build-isolation, where the errors of older ones are obscure.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(
+        f"softdimo_fast: setuptools {setuptools.__version__} is installed, but >= 77 is needed. Upgrade it: "
+        "pip install -U setuptools"
+    )
+
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
@@ -70,6 +79,16 @@ def find_tool(name: str) -> str:
     return found
 
 
+def start_afresh_if_changed(build: Path, settings: list[str]) -> None:
+    """CMake remembers what an earlier configuration set, also when it is no longer given."""
+    record = build / "settings"
+    text = "\n".join(settings)
+    if not record.is_file() or record.read_text(encoding="utf-8") != text:
+        shutil.rmtree(build, ignore_errors=True)
+        build.mkdir(parents=True)
+        record.write_text(text, encoding="utf-8")
+
+
 class CMakeBuild(build_ext):
     """Runs CMake once and puts _cpu.so (and _cuda.so where a CUDA toolkit was found) in the package."""
 
@@ -77,20 +96,26 @@ class CMakeBuild(build_ext):
         torch = find_torch()
         check_compiler()
         package = ROOT if self.inplace else Path(self.build_lib).resolve()
-        build = Path(self.build_temp).resolve() / "cmake"
+        # Editable installs get a new temporary folder each time; a fixed one makes them incremental.
+        temporary = ROOT / "build" if self.inplace else Path(self.build_temp).resolve()
+        build = temporary / "cmake"
         output = build / "lib"
-        cmake = find_tool("cmake")
-        configure = [
-            cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
-            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
+        settings = [
             f"-DTORCH_ROOT={torch}",
             f"-DSOFTDIMO_OUTPUT={output}",
             *os.environ.get("SOFTDIMO_CMAKE_ARGS", "").split(),
+        ]
+        start_afresh_if_changed(build, settings)
+        cmake = find_tool("cmake")
+        configure = [
+            cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}", *settings,
         ]  # fmt: skip
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         shutil.rmtree(output, ignore_errors=True)
-        subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
+        for command in (configure, [cmake, "--build", str(build), "--parallel", jobs]):
+            if subprocess.run(command).returncode:
+                raise SystemExit("softdimo_fast: the build failed; the lines above say why")
         target = package / "softdimo_fast"
         target.mkdir(parents=True, exist_ok=True)
         for old in target.glob("_c*.so"):

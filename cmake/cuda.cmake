@@ -22,19 +22,41 @@ if(NOT CMAKE_CUDA_COMPILER)
   return()
 endif()
 set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_EXTENSIONS OFF)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
 
 set(cuda_sources csrc/cuda/token_statistics.cu)
 
 add_library(softdimo_cuda_kernels OBJECT ${cuda_sources})
 target_include_directories(softdimo_cuda_kernels PRIVATE csrc/include)
+# -fmad=false: a * b + c is fused where the source says fmaf and nowhere else, so that what a row gives does not
+#   depend on the code around an expression.
 # A register spill is a build error: kernels are designed to fit.
-target_compile_options(softdimo_cuda_kernels PRIVATE -lineinfo "SHELL:-Xptxas --warn-on-spills,-Werror"
-                                                     -Xcompiler=-Wall)
+target_compile_options(softdimo_cuda_kernels PRIVATE -fmad=false -lineinfo
+                       "SHELL:-Xptxas --warn-on-spills,-Werror" "SHELL:-Xcompiler -Wall,-Wextra")
+
+# What torch.ops.softdimo.compiled_cuda_archs() says: 80-real is sm_80, 80-virtual compute_80, plain 80 both.
+foreach(arch IN LISTS CMAKE_CUDA_ARCHITECTURES)
+  string(REGEX MATCH "^[0-9]+[a-z]?" number "${arch}")
+  if(NOT arch MATCHES "-virtual$")
+    list(APPEND archs "sm_${number}")
+  endif()
+  if(NOT arch MATCHES "-real$")
+    list(APPEND archs "compute_${number}")
+  endif()
+endforeach()
+string(REPLACE ";" " " archs "${archs}")
 
 add_library(softdimo_cuda MODULE csrc/bind_cuda.cpp $<TARGET_OBJECTS:softdimo_cuda_kernels>)
 softdimo_torch_library(softdimo_cuda _cuda)
-target_compile_options(softdimo_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall> $<$<COMPILE_LANGUAGE:CXX>:-Wextra>)
-set_target_properties(softdimo_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
-# libtorch (not only libtorch_cpu) must be needed, or the current-stream symbol stays null on a CUDA torch.
-target_link_libraries(softdimo_cuda PRIVATE -Wl,--no-as-needed torch torch_cpu -Wl,--as-needed)
+target_compile_definitions(softdimo_cuda PRIVATE "SOFTDIMO_CUDA_ARCHS=\"${archs}\"")
+target_compile_options(softdimo_cuda PRIVATE -Wall -Wextra)
+target_include_directories(softdimo_cuda SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
+set_target_properties(softdimo_cuda PROPERTIES LINKER_LANGUAGE CXX)
+# libtorch (not only libtorch_cpu) must be needed, or the current-stream symbol stays null on a CUDA torch. The CUDA
+# runtime is linked statically: the library then loads where there is no CUDA, and beside any version of it.
+target_link_libraries(softdimo_cuda PRIVATE -Wl,--no-as-needed torch torch_cpu -Wl,--as-needed CUDA::cudart_static
+                      -Wl,-z,defs)

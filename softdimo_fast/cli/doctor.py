@@ -171,7 +171,9 @@ def _driver() -> str | None:
             return str(pynvml.nvmlSystemGetDriverVersion())
         finally:
             pynvml.nvmlShutdown()
-    except Exception:  # not installed, no driver, or a driver that does not answer: all mean "not this way"
+    except (
+        Exception
+    ):  # not installed, no driver, or a driver that does not answer: all mean "not this way"
         pass
     try:
         words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").split()
@@ -257,7 +259,7 @@ def _operators(report: Report) -> list[Operator]:
     from softdimo_fast.ops import _explain
 
     found = []
-    for fn in sorted(_explain.operators(), key=lambda fn: fn.__name__):
+    for fn in _explain.operators():
         found.append(_examine_operator(fn, "cpu"))
         if report.devices:
             found.append(_examine_operator(fn, "cuda"))
@@ -292,8 +294,14 @@ def _tiny_arguments(fn: Callable[..., Any], device: str) -> list[Any]:
     # What training uses: float32 on the CPU, bfloat16 on a device.
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rows, vocabulary, width = 2, 8, 4
-    shapes = {"codebook": (vocabulary, width), "weight": (vocabulary, width), "hidden": (rows, width)}
-    shapes |= dict.fromkeys(("query", "key", "value"), (1, 1, rows, width))
+    shapes: dict[str, tuple[int, ...]] = {
+        "codebook": (vocabulary, width),
+        "weight": (vocabulary, width),
+        "hidden": (rows, width),
+        "query": (1, 1, rows, width),
+        "key": (1, 1, rows, width),
+        "value": (1, 1, rows, width),
+    }
     arguments: list[Any] = []
     for name, parameter in inspect.signature(fn).parameters.items():
         if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
@@ -329,7 +337,11 @@ def _advice(report: Report) -> list[str]:
     elif report.cpu_error is not None:
         advice.append(report.cpu_error)
     for package in report.packages:
-        if package["kind"] == "required" and package["version"] is None and package["name"] != "torch":
+        if (
+            package["kind"] == "required"
+            and package["version"] is None
+            and package["name"] != "torch"
+        ):
             advice.append(f"{package['name']} is required and missing: {package['command']}")
     for name in report.environment:
         if name not in VARIABLES:
@@ -443,7 +455,9 @@ def _package_rows(report: Report) -> list[tuple[str, str]]:
 def _what_to_do(advice: list[str]) -> str:
     if not advice:
         return "What to do\n  Nothing: all that this machine can use is in place."
-    return "\n".join(["What to do", *(_wrapped(f"  {i}. ", text) for i, text in enumerate(advice, 1))])
+    return "\n".join(
+        ["What to do", *(_wrapped(f"  {i}. ", text) for i, text in enumerate(advice, 1))]
+    )
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> str:

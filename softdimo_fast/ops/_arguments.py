@@ -171,7 +171,11 @@ def checks_values(tensor: Tensor) -> bool:
 
 def _is_traced(tensor: Tensor) -> bool:
     """Fake, meta and functorch tensors have no values to look at."""
-    return tensor.device.type == "meta" or type(tensor) not in (Tensor, torch.nn.Parameter)
+    return (
+        tensor.device.type == "meta"
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def autocast(tensor: Tensor | None) -> Tensor | None:
@@ -179,6 +183,7 @@ def autocast(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or tensor.dtype == torch.float64:
         return tensor
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # meta has no autocast; torch.amp.is_autocast_available, which says so, breaks the graph of torch 2.11.
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))

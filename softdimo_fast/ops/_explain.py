@@ -71,12 +71,14 @@ def explain(fn: Callable[..., Any], *args: Any, **options: Any) -> Explanation:
         ValueError, TypeError: whatever the call itself would raise for its arguments.
     """
     if fn not in _EXPLAINERS:
-        known = ", ".join(sorted(function.__name__ for function in _EXPLAINERS))
+        known = ", ".join(function.__name__ for function in operators())
         raise TypeError(f"explain: fn must be one of {known}, got {fn!r}")
     return _EXPLAINERS[fn](*args, **options)
 
 
-def explains(fn: Callable[..., Any]) -> Callable[[Callable[..., Explanation]], Callable[..., Explanation]]:
+def explains(
+    fn: Callable[..., Any],
+) -> Callable[[Callable[..., Explanation]], Callable[..., Explanation]]:
     """Decorator: the decorated function explains calls of ``fn`` (same arguments)."""
 
     def register(explainer: Callable[..., Explanation]) -> Callable[..., Explanation]:
@@ -84,6 +86,11 @@ def explains(fn: Callable[..., Any]) -> Callable[[Callable[..., Explanation]], C
         return explainer
 
     return register
+
+
+def operators() -> list[Callable[..., Any]]:
+    """The public operators, by name."""
+    return sorted(_EXPLAINERS, key=lambda fn: fn.__name__)
 
 
 def _si(value: float) -> str:

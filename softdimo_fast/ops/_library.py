@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 
-PACKAGE = Path(__file__).resolve().parent.parent
+# SOFTDIMO_LIBRARY_DIR loads another build of the same libraries, for instance one with sanitizers.
+FOLDER = Path(os.environ.get("SOFTDIMO_LIBRARY_DIR") or Path(__file__).resolve().parent.parent)
 
 
 def _load_cpu() -> None:
-    path = PACKAGE / "_cpu.so"
+    path = FOLDER / "_cpu.so"
     if not path.is_file():
         raise ImportError(
             f"softdimo_fast is not built: {path} is missing. From a checkout run 'make install', or "
@@ -27,7 +29,7 @@ def _load_cpu() -> None:
 
 def _load_cuda() -> str | None:
     """Why the CUDA library is not usable, or None when it is loaded. It loads without a device too."""
-    path = PACKAGE / "_cuda.so"
+    path = FOLDER / "_cuda.so"
     if not path.is_file():
         return "this build has no CUDA library (no CUDA toolkit was found when it was built)"
     try:
@@ -49,3 +51,10 @@ def cpu_isa() -> str:
 def compiled_cpu_isas() -> list[str]:
     """The instruction sets compiled into this build, best first."""
     return str(torch.ops.softdimo.compiled_cpu_isas()).split()
+
+
+def compiled_cuda_archs() -> list[str]:
+    """The GPU architectures compiled into this build; none without a usable CUDA library."""
+    if CUDA_OBSTACLE is not None:
+        return []
+    return str(torch.ops.softdimo.compiled_cuda_archs()).split()

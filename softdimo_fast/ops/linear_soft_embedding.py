@@ -1,7 +1,8 @@
-"""``linear_soft_embedding``: the soft embedding of a linear head's logits, without holding them all."""
+"""``linear_soft_embedding``: the soft embedding of a linear head, without holding its logits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,18 @@ class _Call(NamedTuple):
     keep_logits: bool
     choice: _backends.Choice
 
+    @property
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """The arguments that get a gradient, in the order of the backward operator's results."""
+        linear = (self.hidden, self.weight, self.codebook, self.bias)
+        return (*linear, self.row_temperature, self.mask_embedding)
+
+    @property
+    def logits_bytes(self) -> int:
+        rows = self.hidden.numel() // self.hidden.shape[-1]
+        itemsize = compute_dtype(*self.differentiable).itemsize
+        return rows * self.weight.shape[:-1].numel() * itemsize
+
 
 def linear_soft_embedding(
     hidden: Tensor,
@@ -47,40 +60,44 @@ def linear_soft_embedding(
     precision: str = "default",
     backend: str | None = None,
 ) -> Tensor:
-    r"""The soft embedding of a linear head: :math:`e_n = \sum_v \mathrm{softmax}((W h_n + b) / T)_v E_v`.
+    r"""Soft embedding of a linear head: :math:`e_n = \sum_v \mathrm{softmax}(z_n / T)_v E_v`.
 
-    Equal to ``soft_embedding(hidden @ weight.T + bias, codebook)`` (Soft-Di[M]O, arXiv 2509.22925), but the
-    ``[N, V]`` logits need not exist: forward and backward compute them for one slice of rows at a time.
+    With :math:`z_n = W h_n + b` it equals ``soft_embedding(hidden @ weight.T + bias, codebook)``
+    (Soft-Di[M]O, arXiv 2509.22925), but the ``[N, V]`` logits need not exist: forward and backward
+    compute them for one slice of rows at a time.
 
     Args:
         hidden: ``[..., H]``, any strides: the input of the head.
-        weight: ``[V, H]``, or ``[G, V, H]`` for grouped vocabularies (then every group reads the same hidden).
+        weight: ``[V, H]``, or ``[G, V, H]`` for grouped vocabularies (every group reads the same
+            hidden).
         codebook: ``[V, D]``, or ``[G, V, D]`` with a grouped weight.
-        bias: broadcasts to the logits ``[..., V]`` (grouped ``[..., G, V]``), e.g. ``[V]`` or ``[L, V]``.
-        temperature: T, a positive number, or a tensor that broadcasts to the rows ``hidden.shape[:-1]``
-            (grouped ``[..., G]``; then it gets a gradient).
-        mask: bool, broadcasts to the rows. A True row is a [MASK] position: it gives ``mask_embedding``, its
-            hidden is not read and gets zero gradient.
+        bias: broadcasts to the logits ``[..., V]`` (grouped ``[..., G, V]``), e.g. ``[V]`` or
+            ``[L, V]``.
+        temperature: T, a positive number, or a tensor that broadcasts to the rows
+            ``hidden.shape[:-1]`` (grouped ``[..., G]``; then it gets a gradient).
+        mask: bool, broadcasts to the rows. A True row is a [MASK] position: it gives
+            ``mask_embedding``, its hidden is never read and gets zero gradient.
         mask_embedding: ``[D]`` or ``[G, D]``; required with ``mask``, an error without.
-        memory: ``"recompute"`` never holds the logits of more than one slice of rows, 4 MiB (or one row).
-            ``"keep"`` holds all of them, in float32 or wider, from forward to backward, which saves
-            backward one product. ``"auto"`` keeps them when they take at most 256 MiB. Where no input
-            requires a gradient nothing is kept. The choice does not change a bit of the results.
-        precision: ``"default"`` or ``"high"``, as in :func:`soft_embedding`; the reference backend always
-            multiplies in float32 or wider.
+        memory: ``"recompute"`` never holds the logits of more than one slice of rows, 4 MiB (or
+            one row). ``"keep"`` holds all of them, in float32 or wider, from forward to backward,
+            which saves backward one product. ``"auto"`` keeps them when they take at most 256 MiB.
+            Where no input requires a gradient nothing is kept. With the reference backend the
+            choice does not change a bit of the results.
+        precision: ``"default"`` or ``"high"``, as in :func:`soft_embedding`; the reference backend
+            always multiplies in float32 or wider.
         backend: None chooses; ``"reference" | "cpp" | "cuda" | "triton"`` insist.
 
     Returns:
-        ``[..., D]`` (grouped ``[..., G, D]``) in the codebook's dtype, contiguous. A row whose logits hold NaN,
-        +inf or nothing but -inf gives NaN.
+        ``[..., D]`` (grouped ``[..., G, D]``) in the codebook's dtype, contiguous. A row whose
+        logits hold NaN, +inf or nothing but -inf gives NaN.
 
-    Gradients go to hidden, weight, codebook, bias, a temperature tensor and mask_embedding, each only when
-    required. The second derivative (eager) holds all logits.
+    Gradients go to hidden, weight, codebook, bias, a temperature tensor and mask_embedding, each
+    only when required. A second derivative (eager only) holds all logits.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message
-            names it. A temperature tensor that is not positive raises on the CPU in eager; elsewhere that
-            row becomes NaN.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the
+            message names it. A temperature tensor that is not positive raises on the CPU in eager;
+            elsewhere that row becomes NaN.
     """
     call = _prepare(
         hidden, weight, codebook, bias=bias, temperature=temperature, mask=mask,
@@ -107,69 +124,58 @@ def _prepare(
     for name, tensor in (("hidden", hidden), ("weight", weight), ("codebook", codebook)):
         check.require_floating(NAME, name, tensor)
     _check_shapes(hidden, weight, codebook)
-    device, grouped = hidden.device, weight.dim() == 3
-    check.require_same_device(
-        NAME,
-        "hidden",
-        device,
-        weight=weight,
-        codebook=codebook,
-        bias=bias,
-        mask_embedding=mask_embedding,
-    )
+    device = hidden.device
     _check_bias(bias, hidden, weight)
     rows = [*hidden.shape[:-1], *weight.shape[:-2]]
-    pattern = "[*hidden.shape[:-1], G]" if grouped else "hidden.shape[:-1]"
+    pattern = "hidden.shape[:-1]" if weight.dim() == 2 else "[*hidden.shape[:-1], G]"
     mask = check.rows_mask(NAME, "mask", mask, rows, device, pattern)
     _check_mask_embedding(mask, mask_embedding, codebook)
+    check.require_same_device(
+        NAME, "hidden", device, weight=weight, codebook=codebook, bias=bias,
+        mask_embedding=mask_embedding,
+    )  # fmt: skip
     scalar, row_temperature = check.number_or_rows(
         NAME, "temperature", temperature, rows, device, positive=True, pattern=pattern
     )
     check.require_choice(NAME, "memory", memory, ("auto", "keep", "recompute"))
     check.require_choice(NAME, "precision", precision, ("default", "high"))
-    choice = _backends.choose(NAME, backend, _obstacles(hidden))
-    hidden, weight, codebook, bias, mask_embedding = (
-        check.autocast(tensor) for tensor in (hidden, weight, codebook, bias, mask_embedding)
-    )  # type: ignore[assignment]
     call = _Call(
-        hidden, weight, codebook, bias, scalar, row_temperature, mask, mask_embedding, False, choice
-    )
+        _autocast(hidden), _autocast(weight), _autocast(codebook), check.autocast(bias), scalar,
+        row_temperature, mask, check.autocast(mask_embedding), False,
+        _backends.choose(NAME, backend, _obstacles(hidden)),
+    )  # fmt: skip
     return call._replace(keep_logits=_keeps_logits(call, memory))
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    return check.autocast(tensor)  # type: ignore[return-value]
 
 
 def _check_shapes(hidden: Tensor, weight: Tensor, codebook: Tensor) -> None:
     check.require_dim(NAME, "hidden", hidden, 1, "[..., H]")
-    if weight.dim() not in (2, 3):
+    if weight.dim() not in (2, 3) or 0 in weight.shape:
         raise ValueError(
-            f"{NAME}: weight must have shape [V, H] or [G, V, H], got {check.shape(weight)}"
+            f"{NAME}: weight must have shape [V, H] or [G, V, H] with no size 0, got "
+            f"{check.shape(weight)}"
         )
     if weight.shape[-1] != hidden.shape[-1]:
         raise ValueError(
             f"{NAME}: weight must have H = {hidden.shape[-1]} columns (hidden has shape "
             f"{check.shape(hidden)}), got shape {check.shape(weight)}"
         )
-    if 0 in weight.shape:
+    pattern = "[V, D]" if weight.dim() == 2 else "[G, V, D]"
+    if codebook.shape[:-1] != weight.shape[:-1] or codebook.shape[-1] < 1:
         raise ValueError(
-            f"{NAME}: weight must have V >= 1 and H >= 1, got shape {check.shape(weight)}"
-        )
-    if codebook.dim() != weight.dim() or codebook.shape[:-1] != weight.shape[:-1]:
-        pattern = "[V, D]" if weight.dim() == 2 else "[G, V, D]"
-        raise ValueError(
-            f"{NAME}: codebook must have shape {pattern} for a weight of shape {check.shape(weight)}, got "
-            f"{check.shape(codebook)}"
-        )
-    if codebook.shape[-1] < 1:
-        raise ValueError(
-            f"{NAME}: codebook must have a width D >= 1, got shape {check.shape(codebook)}"
+            f"{NAME}: codebook must have shape {pattern} with D >= 1 for a weight of shape "
+            f"{check.shape(weight)}, got {check.shape(codebook)}"
         )
 
 
 def _check_bias(bias: Tensor | None, hidden: Tensor, weight: Tensor) -> None:
-    if bias is None:
-        return
-    check.require_floating(NAME, "bias", bias)
-    logits = [*hidden.shape[:-1], *weight.shape[:-1]]
-    check.rows_tensor(NAME, "bias", bias, logits, "of the logits")
+    if bias is not None:
+        check.require_floating(NAME, "bias", bias)
+        logits = [*hidden.shape[:-1], *weight.shape[:-1]]
+        check.rows_tensor(NAME, "bias", bias, logits, "and vocabulary, the logits' shape")
 
 
 def _check_mask_embedding(
@@ -191,21 +197,12 @@ def _check_mask_embedding(
 
 def _keeps_logits(call: _Call, memory: str) -> bool:
     """Whether forward returns the logits: never without a gradient, which alone would read them."""
-    inputs = _differentiable_inputs(call)
-    needed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    needed = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in call.differentiable
+    )
     if memory == "recompute" or not needed:
         return False
-    return memory == "keep" or _logits_bytes(call) <= KEEP_BYTES
-
-
-def _differentiable_inputs(call: _Call) -> list[Tensor]:
-    return [call[i] for i in _DIFFERENTIABLE if call[i] is not None]
-
-
-def _logits_bytes(call: _Call) -> int:
-    dtype = compute_dtype(*_differentiable_inputs(call))
-    rows = call.hidden.numel() // call.hidden.shape[-1]
-    return rows * call.weight.shape[:-1].numel() * dtype.itemsize
+    return memory == "keep" or call.logits_bytes <= KEEP_BYTES
 
 
 def _obstacles(hidden: Tensor) -> dict[str, str]:
@@ -215,26 +212,28 @@ def _obstacles(hidden: Tensor) -> dict[str, str]:
     return obstacles
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # torch: fake kernels, autograd, double backward
 
-# Where hidden, weight, codebook, bias, row_temperature and mask_embedding stand in the arguments.
+# Where _Call.differentiable stands in the forward operator's arguments.
 _DIFFERENTIABLE = (0, 1, 2, 3, 5, 7)
 
 
 def _fake(
     hidden: Tensor, weight: Tensor, codebook: Tensor, bias: Tensor | None, temperature: float,
-    row_temperature: Tensor | None, mask: Tensor | None, mask_embedding: Tensor | None, keep_logits: bool,
+    row_temperature: Tensor | None, mask: Tensor | None, mask_embedding: Tensor | None,
+    keep_logits: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = compute_dtype(hidden, weight, codebook, bias, row_temperature, mask_embedding)
     output, logits = reference.output_shapes(hidden, weight, codebook)
-    return codebook.new_empty(output), hidden.new_empty(logits if keep_logits else 0, dtype=dtype)
+    kept = hidden.new_empty(logits if keep_logits else 0, dtype=dtype)
+    return codebook.new_empty(output), kept
 
 
 def _fake_backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor, codebook: Tensor, bias: Tensor | None, temperature: float,
-    row_temperature: Tensor | None, mask: Tensor | None, mask_embedding: Tensor | None,
-    logits: Tensor | None, wanted: list[bool],
+    grad: Tensor, hidden: Tensor, weight: Tensor, codebook: Tensor, bias: Tensor | None,
+    temperature: float, row_temperature: Tensor | None, mask: Tensor | None,
+    mask_embedding: Tensor | None, logits: Tensor | None, wanted: list[bool],
 ) -> reference.Gradients:  # fmt: skip
     inputs = (hidden, weight, codebook, bias, row_temperature, mask_embedding)
     found = [
@@ -260,63 +259,57 @@ def _gradients(ctx: Any, grad: Tensor | None, _logits: Tensor | None) -> tuple[T
 
 
 def _composite_backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor, codebook: Tensor, bias: Tensor | None, temperature: float,
-    row_temperature: Tensor | None, mask: Tensor | None, mask_embedding: Tensor | None,
-    logits: Tensor | None, wanted: list[bool],
+    grad: Tensor, hidden: Tensor, weight: Tensor, codebook: Tensor, bias: Tensor | None,
+    temperature: float, row_temperature: Tensor | None, mask: Tensor | None,
+    mask_embedding: Tensor | None, logits: Tensor | None, wanted: list[bool],
 ) -> reference.Gradients:  # fmt: skip
-    """Backward as a function of the inputs alone: kept logits would hide how they depend on them."""
+    """Backward as a function of the inputs: kept logits would hide how they depend on them."""
     return reference.linear_soft_embedding_backward(
-        grad,
-        hidden,
-        weight,
-        codebook,
-        bias,
-        temperature,
-        row_temperature,
-        mask,
-        mask_embedding,
-        None,
-        wanted,
+        grad, hidden, weight, codebook, bias, temperature, row_temperature, mask, mask_embedding,
+        None, wanted,
+    )  # fmt: skip
+
+
+def _opaque(suffix: str, fn: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    operator = torch.library.custom_op(
+        f"{_registration.REFERENCE}::{NAME}{suffix}",
+        _registration.without_autocast(fn),
+        mutates_args=(),
+        schema=torch.library.infer_schema(fn, mutates_args=()),
     )
+    # A fake kernel of its own: tracing must not unroll the walk over the slices.
+    operator.register_fake(fake)
+    torch.library.register_vmap(operator, _registration.vmap_refusal(NAME))
+    return operator
 
 
-def _register() -> None:
-    namespace = _registration.REFERENCE
-    forward = torch.library.custom_op(
-        f"{namespace}::{NAME}", reference.linear_soft_embedding, mutates_args=()
-    )
-    backward = torch.library.custom_op(
-        f"{namespace}::{NAME}_backward", reference.linear_soft_embedding_backward, mutates_args=()
-    )
-    forward.register_fake(_fake)
-    backward.register_fake(_fake_backward)
-    forward.register_autograd(_gradients, setup_context=_save)
-    _registration.register_double_backward(f"{namespace}::{NAME}_backward", _composite_backward)
-    for operator in (forward, backward):
-        torch.library.register_vmap(operator, _registration.vmap_refusal(NAME))
-
-
-_register()
+# A second output and what is kept between forward and backward: more than reference_operator covers.
+_forward = _opaque("", reference.linear_soft_embedding, _fake)
+_forward.register_autograd(_gradients, setup_context=_save)
+_opaque("_backward", reference.linear_soft_embedding_backward, _fake_backward)
+_registration.register_double_backward(
+    f"{_registration.REFERENCE}::{NAME}_backward", _composite_backward
+)
 
 
 @explains(linear_soft_embedding)
 def _explain(hidden: Tensor, weight: Tensor, codebook: Tensor, **options: Any) -> Explanation:
     call = _prepare(hidden, weight, codebook, **options)
-    groups, (vocabulary, width) = codebook.shape[:-2].numel(), codebook.shape[-2:]
-    hidden_width = hidden.shape[-1]
+    groups, vocabulary = codebook.shape[:-2].numel(), codebook.shape[-2]
+    hidden_width, width = hidden.shape[-1], codebook.shape[-1]
     rows = hidden.numel() // hidden_width
-    itemsize = compute_dtype(*_differentiable_inputs(call)).itemsize
-    size = reference.slice_rows(groups, vocabulary, hidden_width, width, itemsize)
-    tensors = [tensor for tensor in call[:-2] if isinstance(tensor, Tensor)]
+    itemsize = compute_dtype(*call.differentiable).itemsize
+    slice_rows = reference.slice_rows(groups, vocabulary, hidden_width, width, itemsize)
     kept = "kept for backward" if call.keep_logits else "not kept"
+    tensors = [tensor for tensor in call[:-1] if isinstance(tensor, Tensor)]
     return Explanation(
         operator=NAME,
         backend=call.choice.backend,
-        kernel=f"plain torch, {size} rows at a time",
+        kernel=f"plain torch, {slice_rows} rows at a time",
         reason=call.choice.reason,
         notes=(
-            f"the logits ({_logits_bytes(call) / 2**20:.3g} MiB) are {kept}",
-            "products through torch.matmul: repeatable for equal shapes, rows are not batch-invariant",
+            f"the logits ({call.logits_bytes / 2**20:.3g} MiB) are {kept}",
+            "products by torch.matmul: repeatable for equal shapes, rows are not batch-invariant",
         ),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         + rows * groups * width * call.codebook.element_size(),

@@ -75,7 +75,9 @@ def kernels(library: Path, architecture: str) -> dict[str, Kernel]:
             wanted = match[1] == architecture
         elif match := re.match(r"\s*Function (\S+):", line):
             name = match[1]
-        elif wanted and (match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line)):
+        elif wanted and (
+            match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line)
+        ):
             registers, stack, shared, local = map(int, match.groups())
             found[readable(name)] = Kernel(registers, stack, local, shared)
     for line in _cuobjdump("-sass", "-arch", architecture, str(library)).splitlines():
@@ -107,7 +109,18 @@ def readable(mangled: str) -> str:
 
 
 def _main(library: Path) -> None:
-    columns = ("registers", "stack", "local", "shared", "all", "LDG.128", "LDS", "HMMA", "HGMMA", "BAR")
+    columns = (
+        "registers",
+        "stack",
+        "local",
+        "shared",
+        "all",
+        "LDG.128",
+        "LDS",
+        "HMMA",
+        "HGMMA",
+        "BAR",
+    )
     print(f"{'kernel':44}" + "".join(f"{column:>10}" for column in columns))
     for architecture in sorted(name for name in architectures(library) if name.startswith("sm_")):
         print(architecture)

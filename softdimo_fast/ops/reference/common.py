@@ -31,6 +31,12 @@ def sum_to_shape(gradient: Tensor, like: Tensor) -> Tensor:
     return gradient.sum(dim=expanded, keepdim=True) if expanded else gradient
 
 
+def mean_divisor(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """The number of counted rows (all of ``rows`` without a mask), and 1 where there is none."""
+    counted = rows.new_full((), rows.numel()) if mask is None else mask.sum().to(rows.dtype)
+    return counted.clamp(min=1)
+
+
 @contextmanager
 def ieee_float32(tensor: Tensor) -> Iterator[None]:
     """No TF32 inside: a float32 product on CUDA means float32, whatever the caller's global setting."""

@@ -4,9 +4,10 @@ With p = softmax(a / S), q = softmax(b / T) and the log ratio r = log p - log q,
 
     KL(p || q) = sum_v p (r + expm1(-r)),        KL(q || p) = sum_v q (-r + expm1(r)),
 
-sums of terms that are never negative: nothing cancels when p and q nearly agree (the usual sum of p r is a
-difference of numbers much larger than itself there). Di[M]O (arXiv 2503.15457): the forward, reverse and
-generalised Jeffrey divergences between a teacher's and an auxiliary model's token distribution.
+sums of terms that are never negative: nothing cancels when p and q nearly agree (the terms p r of the
+usual sum have both signs, and are much larger than the sum there). Di[M]O (arXiv 2503.15457): the
+forward, reverse and generalised Jeffrey divergences between a teacher's and an auxiliary model's
+token distribution.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softdimo_fast.ops.reference.common import compute_dtype, wanted_or_empty
+from softdimo_fast.ops.reference.common import compute_dtype, mean_divisor, wanted_or_empty
 
 # x + expm1(-x) = x^2 (1/2! - x/3! + x^2/4! - ...)
 _SERIES = tuple((-1.0) ** k / math.factorial(k + 2) for k in range(14))
@@ -28,8 +29,9 @@ _SERIES_TERMS = {torch.float32: 8, torch.float64: 14}
 class Pair(NamedTuple):
     """Two distributions over the same vocabulary, ``[..., V]`` each.
 
-    ``log_ratio`` is log p - log q, and 0 where an entry is -inf on either side. ``only_p``, ``only_q``: the
-    entry is -inf in the logits of the other one alone. A row that holds no distribution has p = q = NaN.
+    ``log_ratio`` is log p - log q, and 0 where an entry is -inf on either side. ``only_p``,
+    ``only_q``: the entry is -inf in the logits of the other one alone. A row that holds no
+    distribution has p = q = NaN.
     """
 
     p: Tensor
@@ -45,37 +47,37 @@ class Pair(NamedTuple):
 def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """u + s (c - u), written from its nearer end: exactly c where s = 1 (u is not read there).
 
-    Where both are -inf the result is -inf.
+    Where both are -inf the result is -inf; +inf in either gives +inf or NaN, and so a row of NaN.
     """
     both = (conditional == -torch.inf) & (unconditional == -torch.inf)
     step = torch.where(both, 0.0, conditional - unconditional)
-    if isinstance(scale, float):
-        if scale == 1:
-            return conditional
-        if scale < 1:
-            return unconditional + scale * step
-        return conditional + (scale - 1) * step
-    beyond = conditional + (scale - 1) * step
-    guided = torch.where(scale < 1, unconditional + scale * step, beyond)
-    return torch.where(scale == 1, conditional, guided)
+    step = torch.where(unconditional == torch.inf, torch.nan, step)
+    if isinstance(scale, Tensor):
+        beyond = conditional + (scale - 1) * step
+        guided = torch.where(scale < 1, unconditional + scale * step, beyond)
+        return torch.where(scale == 1, conditional, guided)
+    if scale == 1:
+        return conditional
+    return unconditional + scale * step if scale < 1 else conditional + (scale - 1) * step
 
 
 def compare(a: Tensor, b: Tensor, a_temperature: float, b_temperature: float) -> Pair:
     """The distributions softmax(a / S) and softmax(b / T) and their log ratio."""
-    a_top, b_top = a.detach().amax(dim=-1, keepdim=True), b.detach().amax(dim=-1, keepdim=True)
+    a_top = a.detach().amax(dim=-1, keepdim=True)
+    b_top = b.detach().amax(dim=-1, keepdim=True)
     # NaN, +inf or nothing but -inf.
     broken = ~(a_top.isfinite() & b_top.isfinite())
     a_top, b_top = torch.where(broken, 0.0, a_top), torch.where(broken, 0.0, b_top)
     a_gone, b_gone = (a == -torch.inf) & ~broken, (b == -torch.inf) & ~broken
-    # Absent entries are computed with as if they were at the top, then left out: a where on the result
-    # alone would leave inf * 0 in the derivative.
+    # Absent entries are computed with as if they were at the top, then left out: a where on the
+    # result alone would leave inf * 0 in the derivative.
     a, b = torch.where(a_gone | broken, a_top, a), torch.where(b_gone | broken, b_top, b)
     p, a_normalizer = _softmax((a - a_top) / a_temperature, a_gone)
     q, b_normalizer = _softmax((b - b_top) / b_temperature, b_gone)
     if a_temperature == b_temperature:
-        ratio = _difference(a, b, a_top, b_top) / a_temperature
+        ratio = _finite(_difference(a, b, a_top, b_top) / a_temperature)
     else:
-        ratio = (a - a_top) / a_temperature - (b - b_top) / b_temperature
+        ratio = _finite((a - a_top) / a_temperature) - _finite((b - b_top) / b_temperature)
     absent = a_gone | b_gone
     pair = Pair(
         torch.where(broken, torch.nan, p),
@@ -84,17 +86,22 @@ def compare(a: Tensor, b: Tensor, a_temperature: float, b_temperature: float) ->
         b_gone & ~a_gone,
         a_gone & ~b_gone,
     )
-    # The two normalizers are rounded on their own; their difference is corrected (one Newton step) so that
-    # sum(p - q), formed from the ratio, is zero. In exact arithmetic the correction is zero.
+    # The two normalizers are rounded on their own; their difference is corrected (one Newton step) so
+    # that sum(p - q), formed from the ratio, is zero. In exact arithmetic the correction is zero.
     excess = torch.log1p(probability_difference(pair).sum(dim=-1, keepdim=True)).detach()
     return pair._replace(log_ratio=torch.where(absent, 0.0, pair.log_ratio - excess))
 
 
 def _softmax(scaled: Tensor, gone: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities and log normalizer of rows whose maximum is 0, apart from the entries that are gone."""
+    """Probabilities and log normalizer of rows whose maximum is 0, without the entries that are gone."""
     exponentials = torch.where(gone, 0.0, torch.exp(scaled))
     total = exponentials.sum(dim=-1, keepdim=True)
     return exponentials / total, torch.log(total)
+
+
+def _finite(scaled: Tensor) -> Tensor:
+    """Keeps logits filled with the most negative number of their dtype from becoming inf / T."""
+    return scaled.clamp(min=-1e30, max=1e30)
 
 
 def _difference(a: Tensor, b: Tensor, a_top: Tensor, b_top: Tensor) -> Tensor:
@@ -126,7 +133,8 @@ def kl(pair: Pair) -> Tensor:
     """KL(p || q) of every row.
 
     0 log 0 = 0; +inf where q has -inf and p has not. The terms are written on the larger of the two
-    probabilities, with x = |r|: p (x + expm1(-x)) or q (1 - exp(-x) - x exp(-x)), which cannot overflow.
+    probabilities, with x = |r|: p (x + expm1(-x)) or q (1 - exp(-x) - x exp(-x)), which cannot
+    overflow.
     """
     r = pair.log_ratio
     x = r.abs()
@@ -149,7 +157,10 @@ def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 
 
 def divergence(pair: Pair, forward_weight: float, reverse_weight: float) -> Tensor:
-    """forward_weight KL(p || q) + reverse_weight KL(q || p) of every row; a zero weight leaves its part out."""
+    """forward_weight KL(p || q) + reverse_weight KL(q || p) of every row.
+
+    A zero weight leaves its part out: 0 * inf would be NaN.
+    """
     value = torch.zeros_like(pair.p[..., 0])
     if forward_weight != 0:
         value = value + forward_weight * kl(pair)
@@ -182,83 +193,83 @@ def gradient_to_q(pair: Pair, forward_weight: float, reverse_weight: float) -> T
 # The operators
 
 
-def _read(
-    teacher_logits: Tensor, model_logits: Tensor, teacher_uncond_logits: Tensor | None, guidance_scale: float,
-    row_guidance: Tensor | None, mask: Tensor | None, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, float | Tensor]:  # fmt: skip
-    """Guided teacher logits, model logits and the scale; rows that do not count read as zeros."""
+def _compare_rows(
+    teacher_logits: Tensor, model_logits: Tensor, teacher_uncond_logits: Tensor | None,
+    guidance_scale: float, row_guidance: Tensor | None, teacher_temperature: float,
+    model_temperature: float, mask: Tensor | None, dtype: torch.dtype,
+) -> tuple[Pair, float | Tensor]:  # fmt: skip
+    """The guided teacher's and the model's distributions, and the scale that guided.
+
+    Rows that do not count read as zeros.
+    """
 
     def read(logits: Tensor) -> Tensor:
         wide = logits.to(dtype)
         return wide if mask is None else torch.where(mask.unsqueeze(-1), wide, 0.0)
 
     teacher, model = read(teacher_logits), read(model_logits)
-    if teacher_uncond_logits is None:
-        return teacher, model, 1.0
-    scale: float | Tensor = guidance_scale
-    if row_guidance is not None:
-        scale = row_guidance.to(dtype).expand(model_logits.shape[:-1])
-        if mask is not None:
-            scale = torch.where(mask, scale, 1.0)
-        scale = scale.unsqueeze(-1)
-    return guide(teacher, read(teacher_uncond_logits), scale), model, scale
+    scale: float | Tensor = 1.0
+    if teacher_uncond_logits is not None:
+        scale = guidance_scale
+        if row_guidance is not None:
+            scale = row_guidance.to(dtype).expand(model_logits.shape[:-1]).unsqueeze(-1)
+            if mask is not None:
+                scale = torch.where(mask.unsqueeze(-1), scale, 1.0)
+        teacher = guide(teacher, read(teacher_uncond_logits), scale)
+    return compare(teacher, model, teacher_temperature, model_temperature), scale
 
 
 def _counted(values: Tensor, mask: Tensor | None, weight: Tensor | None) -> Tensor:
-    """Values over the rows times the weight; 0 in rows that do not count, whatever they or the weight hold."""
-    if weight is not None:
-        values = values * weight.to(values.dtype)
-    return values if mask is None else torch.where(mask, values, 0.0)
-
-
-def _divisor(values: Tensor, mask: Tensor | None, reduction: str) -> float | Tensor:
-    """What "mean" divides by: the number of counted rows, and 1 where there is none."""
-    if reduction != "mean":
-        return 1.0
-    counted = values.new_full((), values.numel()) if mask is None else mask.sum().to(values.dtype)
-    return counted.clamp(min=1)
+    """Values over the rows times the weight; 0 in rows that do not count, whatever both hold there."""
+    if mask is not None:
+        values = torch.where(mask, values, 0.0)
+        weight = None if weight is None else torch.where(mask, weight, 0.0)
+    return values if weight is None else values * weight.to(values.dtype)
 
 
 def token_divergence(
-    teacher_logits: Tensor, model_logits: Tensor, teacher_uncond_logits: Tensor | None, guidance_scale: float,
-    row_guidance: Tensor | None, teacher_temperature: float, model_temperature: float, forward_weight: float,
-    reverse_weight: float, mask: Tensor | None, weight: Tensor | None, reduction: str,
+    teacher_logits: Tensor, model_logits: Tensor, teacher_uncond_logits: Tensor | None,
+    guidance_scale: float, row_guidance: Tensor | None, teacher_temperature: float,
+    model_temperature: float, forward_weight: float, reverse_weight: float, mask: Tensor | None,
+    weight: Tensor | None, reduction: str,
 ) -> Tensor:  # fmt: skip
-    """The weighted divergence of every row (0 where not counted), or its sum or mean over counted rows."""
-    dtype = compute_dtype(
-        teacher_logits, model_logits, teacher_uncond_logits, row_guidance, weight
-    )
-    teacher, model, _ = _read(
-        teacher_logits, model_logits, teacher_uncond_logits, guidance_scale, row_guidance, mask, dtype
+    """The weighted divergence of every row (0 where not counted), or its sum or mean over those."""
+    dtype = compute_dtype(teacher_logits, model_logits, teacher_uncond_logits, row_guidance, weight)
+    pair, _ = _compare_rows(
+        teacher_logits, model_logits, teacher_uncond_logits, guidance_scale, row_guidance,
+        teacher_temperature, model_temperature, mask, dtype,
     )  # fmt: skip
-    pair = compare(teacher, model, teacher_temperature, model_temperature)
     values = _counted(divergence(pair, forward_weight, reverse_weight), mask, weight)
-    return values if reduction == "none" else values.sum() / _divisor(values, mask, reduction)
+    if reduction == "none":
+        return values
+    return values.sum() / mean_divisor(values, mask) if reduction == "mean" else values.sum()
 
 
 def token_divergence_backward(
     grad: Tensor, teacher_logits: Tensor, model_logits: Tensor, teacher_uncond_logits: Tensor | None,
-    guidance_scale: float, row_guidance: Tensor | None, teacher_temperature: float, model_temperature: float,
-    forward_weight: float, reverse_weight: float, mask: Tensor | None, weight: Tensor | None, reduction: str,
-    wanted: list[bool],
+    guidance_scale: float, row_guidance: Tensor | None, teacher_temperature: float,
+    model_temperature: float, forward_weight: float, reverse_weight: float, mask: Tensor | None,
+    weight: Tensor | None, reduction: str, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients to (teacher_logits, model_logits, teacher_uncond_logits); empty tensors where not wanted.
+    """Gradients to (teacher_logits, model_logits, teacher_uncond_logits); empty where not wanted.
 
     The guided logits u + s (c - u) hand s times their gradient to c and 1 - s times to u.
     """
-    dtype = compute_dtype(
-        teacher_logits, model_logits, teacher_uncond_logits, row_guidance, weight
-    )
-    teacher, model, scale = _read(
-        teacher_logits, model_logits, teacher_uncond_logits, guidance_scale, row_guidance, mask, dtype
+    dtype = compute_dtype(teacher_logits, model_logits, teacher_uncond_logits, row_guidance, weight)
+    pair, scale = _compare_rows(
+        teacher_logits, model_logits, teacher_uncond_logits, guidance_scale, row_guidance,
+        teacher_temperature, model_temperature, mask, dtype,
     )  # fmt: skip
-    pair = compare(teacher, model, teacher_temperature, model_temperature)
     upstream = grad.to(dtype).expand(model_logits.shape[:-1])
-    upstream = _counted(upstream / _divisor(upstream, mask, reduction), mask, weight).unsqueeze(-1)
+    if reduction == "mean":
+        upstream = upstream / mean_divisor(upstream, mask)
+    upstream = _counted(upstream, mask, weight).unsqueeze(-1)
 
     dteacher, dmodel, duncond = (model_logits.new_empty(0) for _ in range(3))
     if wanted[1]:
-        dmodel = gradient_to_q(pair, forward_weight, reverse_weight) * (upstream / model_temperature)
+        dmodel = gradient_to_q(pair, forward_weight, reverse_weight) * (
+            upstream / model_temperature
+        )
     if wanted[0] or wanted[2]:
         guided = gradient_to_q(pair.swapped(), reverse_weight, forward_weight)
         guided = guided * (upstream / teacher_temperature)
@@ -272,7 +283,7 @@ def token_divergence_backward(
     )
 
 
-def _sample_factor(mask: Tensor, normalization: str, dtype: torch.dtype) -> Tensor:
+def _sample_divisor(mask: Tensor, normalization: str, dtype: torch.dtype) -> Tensor:
     """What each row is divided by, broadcastable to the rows ``[B, ...]``."""
     if normalization == "sum":
         return torch.ones((), dtype=dtype, device=mask.device)
@@ -286,34 +297,49 @@ def _sample_factor(mask: Tensor, normalization: str, dtype: torch.dtype) -> Tens
 def distribution_matching_loss(
     student_logits: Tensor, teacher_logits: Tensor, auxiliary_logits: Tensor, mask: Tensor,
     teacher_uncond_logits: Tensor | None, guidance_scale: float, row_guidance: Tensor | None,
-    teacher_temperature: float, auxiliary_temperature: float, forward_weight: float, reverse_weight: float,
-    weight: Tensor | None, normalization: str,
+    teacher_temperature: float, auxiliary_temperature: float, forward_weight: float,
+    reverse_weight: float, weight: Tensor | None, normalization: str,
 ) -> Tensor:  # fmt: skip
-    """The normalised sum of weight x D(teacher, auxiliary) over masked rows; ``student_logits`` is not read."""
-    values = token_divergence(
+    """The normalised sum of weight x D(teacher, auxiliary) over masked rows.
+
+    ``student_logits`` is not read.
+    """
+    dtype = compute_dtype(
+        student_logits,
+        teacher_logits,
+        auxiliary_logits,
+        teacher_uncond_logits,
+        row_guidance,
+        weight,
+    )
+    pair, _ = _compare_rows(
         teacher_logits, auxiliary_logits, teacher_uncond_logits, guidance_scale, row_guidance,
-        teacher_temperature, auxiliary_temperature, forward_weight, reverse_weight, mask, weight, "none",
+        teacher_temperature, auxiliary_temperature, mask, dtype,
     )  # fmt: skip
-    return (values / _sample_factor(mask, normalization, values.dtype)).sum()
+    values = _counted(divergence(pair, forward_weight, reverse_weight), mask, weight)
+    return (values / _sample_divisor(mask, normalization, dtype)).sum()
 
 
 def distribution_matching_loss_backward(
     grad: Tensor, student_logits: Tensor, teacher_logits: Tensor, auxiliary_logits: Tensor, mask: Tensor,
     teacher_uncond_logits: Tensor | None, guidance_scale: float, row_guidance: Tensor | None,
-    teacher_temperature: float, auxiliary_temperature: float, forward_weight: float, reverse_weight: float,
-    weight: Tensor | None, normalization: str, wanted: list[bool],
+    teacher_temperature: float, auxiliary_temperature: float, forward_weight: float,
+    reverse_weight: float, weight: Tensor | None, normalization: str, wanted: list[bool],
 ) -> Tensor:  # fmt: skip
     """The gradient of the value to ``auxiliary_logits``, handed to ``student_logits`` in its dtype."""
     dtype = compute_dtype(
-        teacher_logits, auxiliary_logits, teacher_uncond_logits, row_guidance, weight
+        student_logits,
+        teacher_logits,
+        auxiliary_logits,
+        teacher_uncond_logits,
+        row_guidance,
+        weight,
     )
-    teacher, auxiliary, _ = _read(
-        teacher_logits, auxiliary_logits, teacher_uncond_logits, guidance_scale, row_guidance, mask, dtype
+    pair, _ = _compare_rows(
+        teacher_logits, auxiliary_logits, teacher_uncond_logits, guidance_scale, row_guidance,
+        teacher_temperature, auxiliary_temperature, mask, dtype,
     )  # fmt: skip
-    pair = compare(teacher, auxiliary, teacher_temperature, auxiliary_temperature)
-    upstream = (grad.to(dtype) / _sample_factor(mask, normalization, dtype)).expand(mask.shape)
+    upstream = (grad.to(dtype) / _sample_divisor(mask, normalization, dtype)).expand(mask.shape)
     upstream = _counted(upstream, mask, weight).unsqueeze(-1)
     gradient = gradient_to_q(pair, forward_weight, reverse_weight)
-    return wanted_or_empty(
-        wanted[0], gradient * (upstream / auxiliary_temperature), student_logits
-    )
+    return wanted_or_empty(wanted[0], gradient * (upstream / auxiliary_temperature), student_logits)

@@ -43,7 +43,7 @@ def uniform(seed: Tensor, row_ids: Tensor, vocabulary: int) -> Tensor:
     rows = row_ids.unsqueeze(-1)
     counter = (rows & _WORD, (rows >> 32) & _WORD, blocks & _WORD, seed[1] & _WORD)
     words = torch.stack(torch.broadcast_tensors(*philox4x32(counter, key)), dim=-1)
-    words = words.reshape(*row_ids.shape, -1)[..., :vocabulary]
+    words = words.flatten(-2)[..., :vocabulary]
     return ((words.to(torch.float32) + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
 
 

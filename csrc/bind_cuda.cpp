@@ -1,0 +1,199 @@
+// CUDA implementations of the operators in ops.cpp: layout, allocation, device, stream, launch. The Python layer has
+// checked the arguments; what is checked here again is what memory safety rests on.
+//
+// No kernel waits for the device, and nothing here reads device memory, so every operator can be captured in a graph.
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "softdimo/token_statistics.h"
+
+// libtorch_cuda alone has it. Weak, so that this library links against, and loads into, a torch without CUDA.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace softdimo::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
+using OptionalTensor = std::optional<Tensor>;
+using Shape = std::vector<int64_t>;
+
+// ---------------------------------------------------------------------------------------------------
+// device
+
+void* current_stream(const Tensor& tensor) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                  "softdimo: the torch that is loaded has no CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return stream;
+}
+
+// `code` is what a launcher returned.
+void check_launch(const char* name, int code) {
+  STD_TORCH_CHECK(code == cudaSuccess, "softdimo::", name, ": the kernel was not launched: ",
+                  cudaGetErrorName(static_cast<cudaError_t>(code)), ", ",
+                  cudaGetErrorString(static_cast<cudaError_t>(code)));
+}
+
+void check_device(const char* name, const char* argument, const Tensor& tensor, const Tensor& logits) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == logits.get_device_index(), "softdimo::", name, ": ",
+                  argument, " must be on the device of the logits");
+}
+
+DType dtype_of(const char* name, const char* argument, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    default:
+      STD_TORCH_CHECK(false, "softdimo::", name, ": ", argument, " must be float32, bfloat16 or float16 on CUDA, got ",
+                      torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------
+// layout
+
+Shape leading_shape(const Tensor& logits) {
+  Shape shape;
+  for (int64_t i = 0; i + 1 < logits.dim(); ++i) shape.push_back(logits.size(i));
+  return shape;
+}
+
+int64_t product(const Shape& shape) {
+  int64_t total = 1;
+  for (int64_t size : shape) total *= size;
+  return total;
+}
+
+// A tensor seen as a list of rows: row n starts n * stride elements after the tensor's first.
+struct RowList {
+  Tensor tensor;
+  int64_t stride;
+
+  template <typename T>
+  const T* data() const {
+    return static_cast<const T*>(tensor.const_data_ptr());
+  }
+};
+
+// The stride of that list, where the leading dimensions step like one. The tensor broadcasts to `shape` after
+// `dropped` trailing dimensions are left out; a dimension along which it is expanded steps by zero.
+std::optional<int64_t> row_stride(const Tensor& tensor, const Shape& shape, int64_t dropped) {
+  const int64_t missing = static_cast<int64_t>(shape.size()) - (tensor.dim() - dropped);
+  std::optional<int64_t> stride;
+  int64_t inner = 1;  // rows within one step of the dimension
+  for (int64_t i = static_cast<int64_t>(shape.size()) - 1; i >= 0; --i) {
+    if (shape[i] == 1) continue;
+    const int64_t step = i < missing || tensor.size(i - missing) == 1 ? 0 : tensor.stride(i - missing);
+    if (!stride.has_value()) {
+      stride = step;
+    } else if (step != *stride * inner) {
+      return std::nullopt;
+    }
+    inner *= shape[i];
+  }
+  return stride.value_or(0);
+}
+
+// The logits' rows, each contiguous: the tensor itself, or one contiguous copy.
+RowList logits_rows(const Tensor& logits, const Shape& shape) {
+  if (logits.stride(-1) == 1 || logits.size(-1) == 1) {
+    if (const auto stride = row_stride(logits, shape, 1)) return {logits, *stride};
+  }
+  return {torch::stable::contiguous(logits), logits.size(-1)};
+}
+
+// One value per row from a tensor that broadcasts to the rows: the tensor itself, or a copy of `dtype`.
+RowList row_values(const char* name, const char* argument, const Tensor& tensor, const Shape& shape, ScalarType dtype) {
+  const int64_t missing = static_cast<int64_t>(shape.size()) - tensor.dim();
+  bool broadcasts = missing >= 0;
+  for (int64_t i = 0; broadcasts && i < tensor.dim(); ++i) {
+    broadcasts = tensor.size(i) == 1 || tensor.size(i) == shape[i + missing];
+  }
+  STD_TORCH_CHECK(broadcasts, "softdimo::", name, ": ", argument, " must broadcast to the rows of the logits");
+  const Tensor values = torch::stable::to(tensor, dtype);
+  if (const auto stride = row_stride(values, shape, 0)) return {values, *stride};
+  Tensor copy = torch::stable::new_empty(values, shape);
+  torch::stable::copy_(copy, values);
+  return {copy, 1};
+}
+
+// ---------------------------------------------------------------------------------------------------
+// operators
+
+std::tuple<Tensor, Tensor, Tensor> token_statistics(const Tensor& logits, double temperature,
+                                                    const OptionalTensor& row_temperature, const OptionalTensor& mask) {
+  constexpr const char* kName = "token_statistics";
+  const DType dtype = dtype_of(kName, "logits", logits);
+  STD_TORCH_CHECK(logits.dim() >= 1 && logits.size(-1) >= 1 && logits.size(-1) <= kMaxVocabulary, "softdimo::", kName,
+                  ": logits must have shape [..., V] with 1 <= V <= 2^30");
+  const DeviceGuard guard(logits.get_device_index());
+  const Shape shape = leading_shape(logits);
+  const RowList rows = logits_rows(logits, shape);
+  std::optional<RowList> masks, temperatures;
+  if (mask.has_value()) {
+    check_device(kName, "mask", *mask, logits);
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "softdimo::", kName, ": mask must be bool");
+    masks = row_values(kName, "mask", *mask, shape, ScalarType::Bool);
+  }
+  if (row_temperature.has_value()) {
+    check_device(kName, "row_temperature", *row_temperature, logits);
+    temperatures = row_values(kName, "row_temperature", *row_temperature, shape, ScalarType::Float);
+  }
+  const auto output = [&] { return torch::stable::new_empty(logits, shape, ScalarType::Float); };
+  Tensor log_normalizer = output(), entropy = output(), max_prob = output();
+
+  TokenStatisticsParams params{};
+  params.logits = rows.data<void>();
+  params.dtype = dtype;
+  params.rows = product(shape);
+  params.vocabulary = logits.size(-1);
+  params.row_stride = rows.stride;
+  params.temperature = static_cast<float>(temperature);
+  if (masks.has_value()) {
+    params.mask = masks->data<uint8_t>();
+    params.mask_stride = masks->stride;
+  }
+  if (temperatures.has_value()) {
+    params.row_temperature = temperatures->data<float>();
+    params.row_temperature_stride = temperatures->stride;
+  }
+  params.log_normalizer = static_cast<float*>(log_normalizer.mutable_data_ptr());
+  params.entropy = static_cast<float*>(entropy.mutable_data_ptr());
+  params.max_prob = static_cast<float*>(max_prob.mutable_data_ptr());
+  check_launch(kName, softdimo_token_statistics(&params, current_stream(logits)));
+  return {log_normalizer, entropy, max_prob};
+}
+
+// As CMake was told: "sm_80 sm_90a compute_80".
+std::string compiled_cuda_archs() { return SOFTDIMO_CUDA_ARCHS; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(softdimo, m) { m.def("compiled_cuda_archs() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(softdimo, CompositeExplicitAutograd, m) {
+  m.impl("compiled_cuda_archs", TORCH_BOX(&compiled_cuda_archs));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(softdimo, CUDA, m) { m.impl("token_statistics", TORCH_BOX(&token_statistics)); }
+
+}  // namespace softdimo::cuda

@@ -1,0 +1,187 @@
+"""``distribution_matching_loss``: Di[M]O's generator objective."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from softdimo_fast.ops import _arguments as check
+from softdimo_fast.ops import _backends, _registration
+from softdimo_fast.ops._explain import Explanation, explains
+from softdimo_fast.ops.reference import divergence as reference
+from softdimo_fast.ops.token_divergence import (
+    check_guidance,
+    check_weight,
+    kl_weights,
+    obstacles,
+    require_like,
+    work,
+)
+
+NAME = "distribution_matching_loss"
+
+
+class _Call(NamedTuple):
+    """A checked call: the arguments every backend takes, and the choice of one."""
+
+    student_logits: Tensor
+    teacher_logits: Tensor
+    auxiliary_logits: Tensor
+    mask: Tensor
+    teacher_uncond_logits: Tensor | None
+    guidance_scale: float
+    row_guidance: Tensor | None
+    teacher_temperature: float
+    auxiliary_temperature: float
+    forward_weight: float
+    reverse_weight: float
+    weight: Tensor | None
+    normalization: str
+    choice: _backends.Choice
+
+
+def distribution_matching_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    auxiliary_logits: Tensor,
+    mask: Tensor,
+    *,
+    kind: str = "forward_kl",
+    beta: float | None = None,
+    teacher_uncond_logits: Tensor | None = None,
+    guidance_scale: float | Tensor = 1.0,
+    teacher_temperature: float = 1.0,
+    auxiliary_temperature: float = 1.0,
+    weight: Tensor | None = None,
+    normalization: str = "batch",
+    backend: str | None = None,
+) -> Tensor:
+    r"""Di[M]O's generator objective: a divergence whose gradient is handed to the student.
+
+    The value is the divergence :math:`D(p_\phi, p_\psi)` between the teacher's and the auxiliary
+    model's token distributions at the masked positions of a re-masked student sample, as
+    :func:`token_divergence` defines it. The gradient to ``student_logits`` is the gradient of that
+    value to ``auxiliary_logits``, at the same positions: Di[M]O's token-level distribution matching
+    (arXiv 2503.15457). For the forward KL it is :math:`w_n (p_\psi - p_\phi) / T`, times the
+    normalisation.
+
+    Args:
+        student_logits: ``[B, ..., V]``: the one-step generator's logits. Only their shape and dtype
+            matter: the values are never read.
+        teacher_logits: the shape of ``student_logits``: the teacher's (conditional) logits.
+        auxiliary_logits: the shape of ``student_logits``. Nothing flows to the teacher's or the
+            auxiliary's logits: they may require gradients and get none.
+        mask: bool, broadcasts to the rows ``student_logits.shape[:-1]``; True = a [MASK] position of
+            the re-masked sample, which counts. The others are never read and get zero gradient.
+        kind: as in :func:`token_divergence`.
+        beta: as in :func:`token_divergence`.
+        teacher_uncond_logits: as in :func:`token_divergence`, without a gradient.
+        guidance_scale: as in :func:`token_divergence`.
+        teacher_temperature: as in :func:`token_divergence`.
+        auxiliary_temperature: T of the auxiliary's softmax, a positive number. Its 1 / T is part of
+            the gradient.
+        weight: as in :func:`token_divergence`.
+        normalization: ``"sum"``: S = the sum of weight x D over the masked rows. ``"batch"``: S / B.
+            ``"masked"``: the mean over samples of (the sample's sum / max(its number of masked rows,
+            1)).
+        backend: None chooses; ``"reference" | "cpp" | "cuda" | "triton"`` insist.
+
+    Returns:
+        A scalar, float32, or float64 when an input is float64; 0 when nothing is masked. The gradient
+        has ``student_logits``' dtype. Autocast has no effect. Special values as in
+        :func:`token_divergence`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the
+            message names it.
+    """
+    call = _prepare(
+        student_logits, teacher_logits, auxiliary_logits, mask, kind=kind, beta=beta,
+        teacher_uncond_logits=teacher_uncond_logits, guidance_scale=guidance_scale,
+        teacher_temperature=teacher_temperature, auxiliary_temperature=auxiliary_temperature,
+        weight=weight, normalization=normalization, backend=backend,
+    )  # fmt: skip
+    loss: Tensor = torch.ops.softdimo_reference.distribution_matching_loss(*call[:-1])
+    return loss
+
+
+def _prepare(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    auxiliary_logits: Tensor,
+    mask: Tensor,
+    *,
+    kind: str = "forward_kl",
+    beta: float | None = None,
+    teacher_uncond_logits: Tensor | None = None,
+    guidance_scale: float | Tensor = 1.0,
+    teacher_temperature: float = 1.0,
+    auxiliary_temperature: float = 1.0,
+    weight: Tensor | None = None,
+    normalization: str = "batch",
+    backend: str | None = None,
+) -> _Call:
+    """Checks the arguments and chooses a backend."""
+    check.require_floating(NAME, "student_logits", student_logits)
+    check.require_dim(NAME, "student_logits", student_logits, 2, "[B, ..., V]")
+    check.require_vocabulary(NAME, "student_logits", student_logits)
+    require_like(NAME, "teacher_logits", teacher_logits, "student_logits", student_logits)
+    require_like(NAME, "auxiliary_logits", auxiliary_logits, "student_logits", student_logits)
+    forward_weight, reverse_weight = kl_weights(NAME, kind, beta)
+    scale, row_guidance = check_guidance(
+        NAME, teacher_uncond_logits, guidance_scale, teacher_logits
+    )
+    check.require_positive(NAME, "teacher_temperature", teacher_temperature)
+    check.require_positive(NAME, "auxiliary_temperature", auxiliary_temperature)
+    rows, device = student_logits.shape[:-1], student_logits.device
+    if mask is None:
+        raise TypeError(f"{NAME}: mask must be a bool tensor, got NoneType")
+    row_mask = check.rows_mask(NAME, "mask", mask, rows, device, "student_logits.shape[:-1]")
+    assert row_mask is not None
+    check_weight(NAME, weight, rows, device)
+    check.require_choice(NAME, "normalization", normalization, ("sum", "batch", "masked"))
+    choice = _backends.choose(NAME, backend, obstacles(student_logits))
+    # Detached: the gradient is transplanted, so no derivative of any order leads to these.
+    uncond = None if teacher_uncond_logits is None else teacher_uncond_logits.detach()
+    return _Call(
+        student_logits, teacher_logits.detach(), auxiliary_logits.detach(), row_mask, uncond, scale,
+        row_guidance, float(teacher_temperature), float(auxiliary_temperature), forward_weight,
+        reverse_weight, weight, normalization, choice,
+    )  # fmt: skip
+
+
+_registration.reference_operator(
+    NAME,
+    reference.distribution_matching_loss,
+    reference.distribution_matching_loss_backward,
+    differentiable=("student_logits",),
+)
+
+
+@explains(distribution_matching_loss)
+def _explain(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    auxiliary_logits: Tensor,
+    mask: Tensor,
+    **options: Any,
+) -> Explanation:
+    call = _prepare(student_logits, teacher_logits, auxiliary_logits, mask, **options)
+    read, flops, exponentials = work(
+        call.teacher_logits, call.auxiliary_logits, call.teacher_uncond_logits
+    )
+    return Explanation(
+        operator=NAME,
+        backend=call.choice.backend,
+        kernel="plain torch",
+        reason=call.choice.reason,
+        notes=(
+            "several [N, V] tensors are written to memory, in forward and in backward; rows are not "
+            "batch-invariant",
+        ),
+        bytes=read,
+        flops=flops,
+        exponentials=exponentials,
+    )

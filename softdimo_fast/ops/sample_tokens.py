@@ -1,0 +1,174 @@
+"""``sample_tokens``: exact draws from the token distribution of every row."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from softdimo_fast.ops import _arguments as check
+from softdimo_fast.ops import _backends, _random, _registration
+from softdimo_fast.ops._explain import Explanation, explains
+from softdimo_fast.ops.reference import sample_tokens as reference
+
+NAME = "sample_tokens"
+
+
+class _Call(NamedTuple):
+    """A checked call: the arguments of the operator, and the choice of a backend."""
+
+    logits: Tensor
+    temperature: float
+    row_temperature: Tensor | None
+    top_k: int | None
+    top_p: float | None
+    seed: Tensor
+    row_ids: Tensor | None
+    log_prob: bool
+    choice: _backends.Choice
+
+
+@overload
+def sample_tokens(
+    logits: Tensor, *, temperature: float | Tensor = ..., top_k: int | None = ...,
+    top_p: float | None = ..., seed: int | Tensor | None = ..., row_ids: Tensor | None = ...,
+    generator: torch.Generator | None = ..., return_log_prob: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def sample_tokens(
+    logits: Tensor, *, temperature: float | Tensor = ..., top_k: int | None = ...,
+    top_p: float | None = ..., seed: int | Tensor | None = ..., row_ids: Tensor | None = ...,
+    generator: torch.Generator | None = ..., return_log_prob: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+def sample_tokens(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | Tensor | None = None,
+    row_ids: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    return_log_prob: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Draws one token per row from :math:`\mathrm{softmax}(z_n / T)`, truncated if asked.
+
+    The Gumbel-max trick: :math:`\mathrm{argmax}_v (z_{nv} / T + g_{nv})` over the kept entries,
+    with counter-based noise g, the lowest index on ties. Truncation comes first (``top_k``, then
+    ``top_p``, on ``logits / temperature``), then the noise. Nothing is differentiated: the logits
+    are detached.
+
+    Args:
+        logits: ``[..., V]``, any strides, V >= 1. Autocast leaves them as they are.
+        temperature: T, a positive number, or a tensor that broadcasts to the rows
+            ``logits.shape[:-1]``.
+        top_k: keep exactly min(k, V) entries, ties to the lowest index.
+        top_p: keep the shortest prefix in (value descending, index ascending) order whose mass
+            reaches p.
+        seed: an int, or an int64 tensor ``[2]`` = (seed, offset) on the logits' device. None draws
+            it from torch's generator.
+        row_ids: int64, broadcasts to the rows: the row numbers that key the noise; default
+            0 .. N-1. A row's token depends on its logits, its number and the seed alone.
+        generator: eager only; draws the seed from this generator.
+        return_log_prob: also return the log-probability of each drawn token.
+        backend: None chooses; ``"reference" | "cpp" | "cuda" | "triton"`` insist.
+
+    Returns:
+        int64 tokens over the rows; with ``return_log_prob`` the pair (tokens, log-probabilities
+        under the tempered, truncated law), the latter float32 (float64 where an input is float64).
+        A row that holds no distribution (NaN, +inf, or nothing but -inf) gives token -1 and
+        log-probability NaN.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the
+            message names it. A temperature tensor that is not positive raises on the CPU in eager;
+            elsewhere that row gives token -1 and log-probability NaN.
+    """
+    call = _prepare(
+        logits, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, row_ids=row_ids,
+        generator=generator, return_log_prob=return_log_prob, backend=backend,
+    )  # fmt: skip
+    tokens, log_prob = torch.ops.softdimo_reference.sample_tokens(*call[:-1])
+    return (tokens, log_prob) if call.log_prob else tokens
+
+
+def _prepare(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | Tensor | None = None,
+    row_ids: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    return_log_prob: bool = False,
+    backend: str | None = None,
+) -> _Call:
+    """Checks the arguments and chooses a backend."""
+    check.require_floating(NAME, "logits", logits)
+    check.require_vocabulary(NAME, "logits", logits)
+    rows, device = logits.shape[:-1], logits.device
+    scalar, row_temperature = check.number_or_rows(
+        NAME, "temperature", temperature, rows, device, positive=True
+    )
+    _check_truncation(top_k, top_p)
+    if row_temperature is not None:
+        row_temperature = row_temperature.detach()
+    return _Call(
+        logits.detach(), scalar, row_temperature, top_k, None if top_p is None else float(top_p),
+        _random.seed_pair(NAME, seed, generator, device),
+        _random.row_numbers(NAME, row_ids, rows, device), bool(return_log_prob),
+        _backends.choose(NAME, backend, _obstacles(logits)),
+    )  # fmt: skip
+
+
+def _check_truncation(top_k: object, top_p: object) -> None:
+    if top_k is not None:
+        if isinstance(top_k, bool) or not isinstance(top_k, int):
+            raise TypeError(f"{NAME}: top_k must be an int or None, got {type(top_k).__name__}")
+        if top_k < 1:
+            raise ValueError(f"{NAME}: top_k must be at least 1, got {top_k}")
+    if top_p is not None:
+        check.require_number(NAME, "top_p", top_p)
+        if not 0 < top_p <= 1:  # type: ignore[operator]
+            raise ValueError(f"{NAME}: top_p must be in (0, 1], got {top_p}")
+
+
+def _obstacles(logits: Tensor) -> dict[str, str]:
+    obstacles = _backends.device_obstacles(logits)
+    obstacles.setdefault("cpp", "this operator has no C++ kernel")
+    obstacles.setdefault("cuda", "this operator has no CUDA kernel")
+    return obstacles
+
+
+_registration.reference_operator(NAME, reference.sample_tokens)
+
+
+@explains(sample_tokens)
+def _explain(logits: Tensor, **options: Any) -> Explanation:
+    # The explained call must not advance torch's generator.
+    call = _prepare(logits, **{**options, "seed": options.get("seed", 0)})
+    rows = logits.numel() // logits.shape[-1]
+    item = logits.element_size()
+    found = 8 + (max(item, 4) if call.log_prob else 0)
+    return Explanation(
+        operator=NAME,
+        backend=call.choice.backend,
+        kernel="plain torch",
+        reason=call.choice.reason,
+        notes=(
+            "the noise and the probabilities are written to memory ([N, V])",
+            "exponentials counts the two logarithms of the noise of every entry",
+        ),
+        bytes=logits.numel() * item + rows * found,
+        flops=2 * logits.numel(),
+        exponentials=logits.numel() * (3 if call.log_prob else 2),
+    )

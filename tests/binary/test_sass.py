@@ -1,0 +1,80 @@
+"""What nvcc made of the CUDA kernels, read from _cuda.so: no GPU needed.
+
+expected.json holds, for every kernel: `registers`, the most a thread may use for the number of blocks per
+multiprocessor that the kernel was designed for (64 lets 1024 threads run); `loads_128`, how many 128-bit
+loads there are in its code; `barriers`, how many barriers of the whole block.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import sass
+
+from softdimo_fast.ops import _library
+
+LIBRARY = _library.FOLDER / "_cuda.so"
+EXPECTED: dict[str, dict[str, int]] = json.loads(
+    Path(__file__).with_name("expected.json").read_text()
+)
+ARCHITECTURES = ("sm_80", "sm_90a")
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    if not LIBRARY.is_file():
+        pytest.skip(f"{LIBRARY} is not built: nvcc was not found, or CUDA was switched off")
+    if sass.find_cuobjdump() is None:
+        pytest.skip("no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    return LIBRARY
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def kernels(library: Path, request: Any) -> dict[str, sass.Kernel]:
+    return sass.kernels(library, request.param)
+
+
+def test_architectures_are_those_it_names(library: Path) -> None:
+    assert sass.architectures(library) == set(_library.compiled_cuda_archs())
+    assert {*ARCHITECTURES, "compute_80"} <= sass.architectures(library)
+
+
+def test_every_kernel_is_in_the_table(kernels: dict[str, sass.Kernel]) -> None:
+    assert set(kernels) == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_kernel(kernels: dict[str, sass.Kernel], name: str) -> None:
+    kernel, expected = kernels[name], EXPECTED[name]
+    assert kernel.registers <= expected["registers"]
+    assert kernel.stack == kernel.local == 0
+    assert kernel.count("LDL") == kernel.count("STL") == 0
+    assert kernel.count(r"LDG\.E.*\.128") == expected["loads_128"]
+    assert kernel.count("BAR") == expected["barriers"]
+
+
+@pytest.mark.parametrize("name", [name for name in EXPECTED if name.startswith("token_statistics")])
+def test_token_statistics_propagates_nan(kernels: dict[str, sass.Kernel], name: str) -> None:
+    """The maximum that keeps NaN, and one hardware exponential without denormal repair around it."""
+    assert kernels[name].count(r"FMNMX\.NAN") > 0
+    assert kernels[name].count(r"MUFU\.EX2") > 0
+    assert kernels[name].count("DADD|DMUL|DFMA") == 0
+
+
+@pytest.mark.parametrize(
+    ("mangled", "name"),
+    [
+        (
+            "_ZN8softdimo52_GLOBAL__N__4ea8c701_19_token_statistics_cu_680143d323token_statistics_kernel"
+            "I13__nv_bfloat16Li64EEEvNS_21TokenStatisticsParamsE",
+            "token_statistics_kernel<__nv_bfloat16, 64>",
+        ),
+        ("_ZN8softdimo10sum_kernelIfLb1ELi8EEEvPKf", "sum_kernel<float, 1, 8>"),
+        ("_ZN8softdimo11copy_kernelEPKfPf", "copy_kernel"),
+    ],
+)
+def test_readable_names(mangled: str, name: str) -> None:
+    assert sass.readable(mangled) == name

@@ -1,0 +1,396 @@
+// Runs CUDA kernels on a CPU, to check them: the same .cu files, launchers included, compiled as C++.
+//
+// One block runs at a time, one fiber (a stack of its own) per thread. A thread runs until it waits at a barrier or
+// at a warp operation such as a shuffle; then the schedule picks another. What a GPU leaves undefined is made visible:
+//
+//   - shared memory starts as NaN (0xff bytes) in every block, and static arrays check every index;
+//   - a warp's lanes and a block's warps run one after the other, each as far ahead as it can, in rising (`greedy`) or
+//     falling (`reverse`) order: a missing barrier reads NaN, or gives results that differ between the two;
+//   - a barrier opens when every thread of the block waits at the same line of source; a warp operation when every
+//     lane of its mask does, with the same mask. If no thread can run, launch() throws a list of who waits where;
+//   - __ldg from an address that is not a multiple of the element's size throws, and so does one outside of the memory
+//     that the kernel was declared to read, be it valid memory or not (`ReadGuard`).
+//
+// It knows what the kernels use. A new warp instruction is a few lines: publish operands with `exchange`, read those
+// of the other lanes from the table that it returns.
+#pragma once
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+struct uint3 {
+  unsigned x, y, z;
+};
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace emulation {
+
+constexpr int kLanes = 32;
+constexpr int kMostThreads = 1024;
+constexpr size_t kMostShared = 227 * 1024;  // of an sm_90 block
+constexpr size_t kOperand = 64;             // most bytes that a lane publishes in a warp operation
+constexpr unsigned char kPoison = 0xff;
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kStack = 256 * 1024;
+#else
+constexpr size_t kStack = 64 * 1024 + 832;  // no power of two: else all stacks share the same cache sets
+#endif
+
+enum class Schedule { greedy, reverse };
+
+// A place in the kernel's source.
+struct Place {
+  const char* what;
+  const char* file;
+  int line;
+
+  bool operator==(const Place& other) const {
+    return line == other.line && same(what, other.what) && same(file, other.file);
+  }
+  std::string text() const { return std::string(what) + " (" + file + ":" + std::to_string(line) + ")"; }
+
+ private:
+  static bool same(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+};
+
+// What the lanes of one warp operation published.
+struct Table {
+  unsigned lanes = 0;
+  alignas(16) unsigned char operand[kLanes][kOperand];
+
+  template <typename T>
+  T get(int lane) const {
+    if (!(lanes >> lane & 1)) {
+      throw std::logic_error("a lane reads from lane " + std::to_string(lane) + ", which does not take part");
+    }
+    T value;
+    std::memcpy(&value, operand[lane], sizeof(T));
+    return value;
+  }
+};
+
+enum class State : uint8_t { ready, at_block_barrier, at_warp_operation, finished };
+
+struct Fiber {
+  int index;
+  uint3 thread;
+  State state;
+  Place place;
+  unsigned mask;  // of the warp operation it waits at
+  alignas(16) unsigned char operand[kOperand];
+  std::shared_ptr<const Table> table;  // of its last warp operation
+  ucontext_t context;
+  jmp_buf resume;
+  bool started = false;
+
+  int lane() const { return index % kLanes; }
+};
+
+// A block that runs, and what outlives it: stacks, the schedule, the shared arrays that kernels declared.
+struct Machine {
+  Schedule schedule = Schedule::greedy;
+  int64_t launches = 0;
+  int last_error = 0;
+  std::function<bool(const void* address, size_t bytes)> may_read;  // unset: anything
+
+  dim3 grid_size, block_size;
+  uint3 block;
+  int threads = 0;
+  int at_barrier = 0;  // threads that wait at a barrier of the block
+  std::vector<Fiber> fibers;
+  Fiber* current = nullptr;
+  jmp_buf scheduler;
+  const std::function<void()>* body = nullptr;
+  std::exception_ptr error;
+
+  std::vector<std::pair<void*, size_t>> static_shared;
+  unsigned char* dynamic_shared = nullptr;
+  unsigned char* stacks = nullptr;
+};
+
+inline Machine& machine() {
+  static Machine instance;
+  return instance;
+}
+
+// While it lives, __ldg throws outside of what it allows.
+class ReadGuard {
+ public:
+  explicit ReadGuard(std::function<bool(const void*, size_t)> may_read) { machine().may_read = std::move(may_read); }
+  ~ReadGuard() { machine().may_read = nullptr; }
+  ReadGuard(const ReadGuard&) = delete;
+  ReadGuard& operator=(const ReadGuard&) = delete;
+};
+
+// Addresses of fibers' stacks; AddressSanitizer has to be told of each change of stack.
+inline unsigned char* stack_of(const Fiber& fiber) { return machine().stacks + fiber.index * kStack; }
+
+#if defined(__SANITIZE_ADDRESS__)
+struct SchedulerStack {
+  const void* bottom = nullptr;
+  size_t size = 0;
+};
+inline SchedulerStack& scheduler_stack() {
+  static SchedulerStack instance;
+  return instance;
+}
+inline void leave_for(const Fiber& fiber) { __sanitizer_start_switch_fiber(nullptr, stack_of(fiber), kStack); }
+inline void leave_for_scheduler() {
+  __sanitizer_start_switch_fiber(nullptr, scheduler_stack().bottom, scheduler_stack().size);
+}
+inline void arrive_in_fiber() {
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack().bottom, &scheduler_stack().size);
+}
+inline void arrive_in_scheduler() { __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr); }
+inline void forget_stack(const Fiber& fiber) { __asan_unpoison_memory_region(stack_of(fiber), kStack); }
+#else
+inline void leave_for(const Fiber&) {}
+inline void leave_for_scheduler() {}
+inline void arrive_in_fiber() {}
+inline void arrive_in_scheduler() {}
+inline void forget_stack(const Fiber&) {}
+#endif
+
+// ---------------------------------------------------------------------------------------------------
+// waiting
+
+// Gives the processor back to the scheduler until somebody makes this thread ready.
+inline void wait() {
+  Machine& m = machine();
+  if (_setjmp(m.current->resume) == 0) {
+    leave_for_scheduler();
+    _longjmp(m.scheduler, 1);
+  }
+  arrive_in_fiber();
+}
+
+inline void block_barrier(Place place) {
+  Machine& m = machine();
+  m.current->state = State::at_block_barrier;
+  m.current->place = place;
+  const auto here = [&](const Fiber& fiber) { return fiber.place == place; };
+  if (++m.at_barrier == m.threads && std::all_of(m.fibers.begin(), m.fibers.end(), here)) {
+    for (Fiber& fiber : m.fibers) fiber.state = State::ready;
+    m.at_barrier = 0;
+  } else {
+    wait();
+  }
+}
+
+// Waits for the lanes of `mask`, which all publish an operand.
+template <typename T>
+const Table& exchange(unsigned mask, const T& operand, Place place) {
+  static_assert(sizeof(T) <= kOperand, "raise kOperand");
+  Machine& m = machine();
+  Fiber& self = *m.current;
+  if (!(mask >> self.lane() & 1)) throw std::logic_error(place.text() + ": the calling lane is not in its own mask");
+  std::memcpy(self.operand, &operand, sizeof(T));
+  self.state = State::at_warp_operation;
+  self.place = place;
+  self.mask = mask;
+
+  Fiber* warp = &m.fibers[self.index - self.lane()];
+  const int lanes = std::min<int>(kLanes, m.threads - warp->index);
+  for (int lane = 0; lane < lanes; ++lane) {
+    const Fiber& other = warp[lane];
+    if (!(mask >> lane & 1)) continue;
+    if (other.state == State::at_warp_operation && other.mask == mask && other.place == place) continue;
+    wait();
+    return *self.table;
+  }
+  const auto table = std::make_shared<Table>();
+  for (int lane = 0; lane < lanes; ++lane) {
+    Fiber& other = warp[lane];
+    if (!(mask >> lane & 1)) continue;
+    table->lanes |= 1u << lane;
+    std::memcpy(table->operand[lane], other.operand, kOperand);
+    other.table = table;
+    other.state = State::ready;
+  }
+  return *self.table;
+}
+
+// ---------------------------------------------------------------------------------------------------
+// running
+
+// A fiber lives on from block to block and runs one thread of each.
+inline void fiber_main() {
+  arrive_in_fiber();
+  Machine& m = machine();
+  for (;;) {
+    try {
+      (*m.body)();
+    } catch (...) {
+      if (!m.error) m.error = std::current_exception();
+    }
+    m.current->state = State::finished;
+    wait();
+  }
+}
+
+// Runs one thread until it waits or ends.
+inline void resume(Fiber& fiber) {
+  Machine& m = machine();
+  m.current = &fiber;
+  if (_setjmp(m.scheduler) == 0) {
+    leave_for(fiber);
+    if (fiber.started) _longjmp(fiber.resume, 1);
+    fiber.started = true;
+    forget_stack(fiber);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = stack_of(fiber);
+    fiber.context.uc_stack.ss_size = kStack;
+    makecontext(&fiber.context, fiber_main, 0);
+    setcontext(&fiber.context);
+  }
+  arrive_in_scheduler();
+}
+
+// "threads 0-31 wait at __syncthreads (kernel.cu:12); threads 32-63 have ended"
+inline std::string who_waits_where() {
+  const auto what = [](const Fiber& f) {
+    return f.state == State::finished ? std::string("have ended") : "wait at " + f.place.text();
+  };
+  const std::vector<Fiber>& fibers = machine().fibers;
+  std::string text;
+  for (size_t i = 0; i < fibers.size();) {
+    size_t last = i;
+    while (last + 1 < fibers.size() && what(fibers[last + 1]) == what(fibers[i])) ++last;
+    text += (i ? "; threads " : "threads ") + std::to_string(i) + "-" + std::to_string(last) + " " + what(fibers[i]);
+    i = last + 1;
+  }
+  return text;
+}
+
+// Lets every lane of one warp run until all of them wait for another warp or have ended. False if none could run.
+inline bool run_warp(int warp) {
+  Machine& m = machine();
+  const int first = warp * kLanes, count = std::min(kLanes, m.threads - first);
+  bool progress = false, again = true;
+  while (again) {
+    again = false;
+    for (int i = 0; i < count && !m.error; ++i) {
+      Fiber& fiber = m.fibers[first + (m.schedule == Schedule::greedy ? i : count - 1 - i)];
+      if (fiber.state != State::ready) continue;
+      resume(fiber);
+      progress = again = true;
+    }
+  }
+  return progress;
+}
+
+inline void run_block() {
+  Machine& m = machine();
+  m.at_barrier = 0;
+  for (const auto& [data, bytes] : m.static_shared) std::memset(data, kPoison, bytes);
+  for (int i = 0; i < m.threads; ++i) {
+    Fiber& fiber = m.fibers[i];
+    const unsigned x = m.block_size.x, y = m.block_size.y, t = i;
+    fiber.index = i;
+    fiber.thread = {t % x, t / x % y, t / (x * y)};
+    fiber.state = State::ready;
+  }
+  const int warps = (m.threads + kLanes - 1) / kLanes;
+  const auto finished = [](const Fiber& fiber) { return fiber.state == State::finished; };
+  while (!m.error && !std::all_of(m.fibers.begin(), m.fibers.end(), finished)) {
+    bool progress = false;
+    for (int w = 0; w < warps; ++w) progress |= run_warp(m.schedule == Schedule::greedy ? w : warps - 1 - w);
+    if (!progress && !m.error) {
+      m.error = std::make_exception_ptr(std::runtime_error("the block is stuck: " + who_waits_where()));
+    }
+  }
+}
+
+inline void prepare_fibers(int threads) {
+  Machine& m = machine();
+  if (m.stacks == nullptr) {
+    void* memory = mmap(nullptr, kMostThreads * kStack, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    m.stacks = static_cast<unsigned char*>(memory);
+  }
+  m.threads = threads;
+  m.fibers.clear();
+  m.fibers.resize(threads);
+}
+
+// What SOFTDIMO_LAUNCH does here: runs the whole grid before it returns. Errors of the configuration are left for
+// cudaGetLastError, as on a GPU; errors of the kernel are thrown.
+inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+  Machine& m = machine();
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  if (threads == 0 || threads > kMostThreads || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > INT32_MAX ||
+      grid.y > 65535 || grid.z > 65535 || shared_bytes > kMostShared) {
+    m.last_error = 9;  // cudaErrorInvalidConfiguration
+    return;
+  }
+  ++m.launches;
+  prepare_fibers(static_cast<int>(threads));
+  m.grid_size = grid;
+  m.block_size = block;
+  m.body = &body;
+  m.error = nullptr;
+  // Exactly the bytes asked for, so that AddressSanitizer sees the end.
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 1024, std::max<size_t>(shared_bytes, 1)) != 0) throw std::bad_alloc();
+  const std::unique_ptr<void, decltype(&std::free)> owner(memory, &std::free);
+  m.dynamic_shared = static_cast<unsigned char*>(memory);
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        m.block = {x, y, z};
+        std::memset(memory, kPoison, shared_bytes);
+        run_block();
+        if (m.error) std::rethrow_exception(m.error);
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------
+// shared memory
+
+// What SOFTDIMO_SHARED declares here. Blocks run one at a time, so one copy serves all of them.
+template <typename T, int kCount>
+class SharedArray {
+ public:
+  SharedArray() {
+    std::memset(static_cast<void*>(data_), kPoison, sizeof(data_));
+    machine().static_shared.push_back({data_, sizeof(data_)});
+  }
+
+  T& operator[](int64_t index) {
+    if (index < 0 || index >= kCount) {
+      throw std::out_of_range("shared array of " + std::to_string(kCount) + ": index " + std::to_string(index));
+    }
+    return data_[index];
+  }
+
+ private:
+  T data_[kCount];
+};
+
+}  // namespace emulation

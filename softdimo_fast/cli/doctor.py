@@ -321,7 +321,11 @@ def _cuda_without_device(name: str, report: Report) -> str:
 
     if report.cuda_obstacle is not None:
         return report.cuda_obstacle
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"softdimo::{name}", "CUDA"):
+    operator = f"softdimo::{name}"
+    if not (
+        torch._C._dispatch_has_kernel(operator)
+        and torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA")
+    ):
         return "this operator has no CUDA kernel"
     return "compiled, but torch sees no CUDA device"
 
@@ -432,14 +436,26 @@ def _operator_sections(report: Report) -> list[str]:
         rows: list[tuple[str, str]] = []
         for operator in operators:
             rows.append((operator.name, f"runs {operator.chosen}: {operator.kernel}"))
-            able = [name for name, why in operator.obstacles.items() if why is None]
-            rows.append(("", f"has {', '.join(able)}"))
-            for name, why in operator.obstacles.items():
-                # That C++ kernels want CPU tensors and CUDA kernels CUDA tensors goes without saying.
-                if why is not None and (device, name) != ("cuda", "cpp"):
-                    rows.append(("", f"not {name}: {why}"))
+            rows += [("", line) for line in _backend_lines(operator)]
         sections.append(_table(f"Operators {title}, {operators[0].dtype}", rows))
     return sections
+
+
+def _backend_lines(operator: Operator) -> list[str]:
+    """The other backends that can, those that have no kernel, and why the rest cannot."""
+    able = [
+        name for name, why in operator.obstacles.items() if why is None and name != operator.chosen
+    ]
+    lines = [f"also {', '.join(able)}"] if able else []
+    without = []
+    for name, why in operator.obstacles.items():
+        if why is None or (operator.device, name) == ("cuda", "cpp"):
+            continue  # C++ kernels are for CPU tensors: that goes without saying
+        if why.startswith("this operator has no "):
+            without.append(name)
+        else:
+            lines.append(f"not {name}: {why}")
+    return [*lines, f"no kernel: {', '.join(without)}"] if without else lines
 
 
 def _package_rows(report: Report) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Argument checks shared by the operators: each error names the argument, what it was and what it should be."""
+"""Argument checks of all operators: an error names the argument, what it was and what it should be."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ def require_shape(
         )
 
 
-def require_same_device(operator: str, first: str, device: torch.device, **others: Tensor | None) -> None:
+def require_same_device(
+    operator: str, first: str, device: torch.device, **others: Tensor | None
+) -> None:
     for name, tensor in others.items():
         if tensor is not None and tensor.device != device:
             raise ValueError(
@@ -128,7 +130,9 @@ def rows_mask(
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
-        raise TypeError(f"{operator}: {name} must be a bool tensor or None, got {type(mask).__name__}")
+        raise TypeError(
+            f"{operator}: {name} must be a bool tensor or None, got {type(mask).__name__}"
+        )
     if mask.dtype != torch.bool:
         raise TypeError(f"{operator}: {name} must have dtype bool, got {mask.dtype}")
     require_same_device(operator, "the input", device, **{name: mask})
@@ -139,7 +143,7 @@ def number_or_rows(
     operator: str, name: str, value: object, rows: Sequence[int], device: torch.device, *, positive: bool,
     pattern: str = "logits.shape[:-1]",
 ) -> tuple[float, Tensor | None]:  # fmt: skip
-    """Splits a setting that is a number or a tensor over the rows into ``(number, None)`` or ``(1.0, tensor)``.
+    """Splits a setting, a number or a tensor over the rows, into ``(number, None)`` or ``(1.0, tensor)``.
 
     The tensor keeps its own (broadcastable) shape, so that its gradient is reduced inside the operator.
     """

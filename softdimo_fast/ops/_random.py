@@ -23,8 +23,12 @@ def seed_pair(
     """
     if seed is None:
         if generator is not None and torch.compiler.is_compiling():
-            raise ValueError(f"{operator}: generator works in eager only; pass seed= under torch.compile")
-        return torch.randint(0, _INT64 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
+            raise ValueError(
+                f"{operator}: generator works in eager only; pass seed= under torch.compile"
+            )
+        return torch.randint(
+            0, _INT64 - 1, (2,), dtype=torch.int64, device=device, generator=generator
+        )
     if generator is not None:
         raise ValueError(f"{operator}: seed and generator exclude each other, got both")
     if isinstance(seed, Tensor):

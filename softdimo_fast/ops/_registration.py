@@ -27,7 +27,8 @@ def reference_operator(
         forward: plain torch, typed; one tensor result when it is differentiable.
         backward: called as ``backward(grad, *forward_arguments, wanted)`` and returns one gradient (or an
             empty tensor) for each name in ``differentiable``; a single one as a bare tensor.
-        differentiable: the arguments of ``forward`` that get a gradient, in the order of ``backward``'s results.
+        differentiable: the arguments of ``forward`` that get a gradient, in the order of the results of
+            ``backward``.
     """
     operator = _opaque(name, name, forward)
     if backward is None:

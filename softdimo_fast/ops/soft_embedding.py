@@ -126,7 +126,9 @@ def _prepare(
     codebook = check.autocast(codebook)  # type: ignore[assignment]
     rows, device = logits.shape[:-1], logits.device
     _check_codebook(logits, codebook)
-    check.require_same_device(NAME, "logits", device, codebook=codebook, mask_embedding=mask_embedding)
+    check.require_same_device(
+        NAME, "logits", device, codebook=codebook, mask_embedding=mask_embedding
+    )
     mask = check.rows_mask(NAME, "mask", mask, rows, device)
     mask_embedding = _check_mask_embedding(mask, mask_embedding, codebook)
     scalar, row_temperature = check.number_or_rows(
@@ -155,7 +157,9 @@ def _check_codebook(logits: Tensor, codebook: Tensor) -> None:
             f"{check.shape(logits)}), got shape {check.shape(codebook)}"
         )
     if codebook.shape[-1] < 1:
-        raise ValueError(f"{NAME}: codebook must have a width D >= 1, got shape {check.shape(codebook)}")
+        raise ValueError(
+            f"{NAME}: codebook must have a width D >= 1, got shape {check.shape(codebook)}"
+        )
     if codebook.dim() == 3 and (logits.dim() < 2 or logits.shape[-2] != codebook.shape[0]):
         raise ValueError(
             f"{NAME}: a grouped codebook {check.shape(codebook)} needs logits [..., G, V] with G = "
@@ -168,7 +172,9 @@ def _check_mask_embedding(
 ) -> Tensor | None:
     if mask is None:
         if mask_embedding is not None:
-            raise ValueError(f"{NAME}: mask_embedding is given, but mask is None; pass both or neither")
+            raise ValueError(
+                f"{NAME}: mask_embedding is given, but mask is None; pass both or neither"
+            )
         return None
     if mask_embedding is None:
         raise ValueError(f"{NAME}: mask_embedding is required when mask is given, got None")

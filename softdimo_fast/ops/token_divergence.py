@@ -96,9 +96,9 @@ def token_divergence(
     """
     call = _prepare(
         teacher_logits, model_logits, kind=kind, beta=beta,
-        teacher_uncond_logits=teacher_uncond_logits, guidance_scale=guidance_scale, teacher_temperature=teacher_temperature,
-        model_temperature=model_temperature, mask=mask, weight=weight, reduction=reduction,
-        backend=backend,
+        teacher_uncond_logits=teacher_uncond_logits, guidance_scale=guidance_scale,
+        teacher_temperature=teacher_temperature, model_temperature=model_temperature, mask=mask,
+        weight=weight, reduction=reduction, backend=backend,
     )  # fmt: skip
     value: Tensor = torch.ops.softdimo_reference.token_divergence(*call[:-1])
     return value

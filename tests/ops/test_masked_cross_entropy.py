@@ -330,11 +330,14 @@ def test_second_derivatives_do_not_see_what_is_absent() -> None:
     assert case.mask is not None
     logits = torch.where(case.mask[..., None], case.logits, torch.nan)
     logits[..., 2:4] = -INF
-    case = case._replace(targets=torch.zeros(3, 4, dtype=torch.int64))
+    case = case._replace(targets=torch.where(case.mask, 0, -100))
     logits.requires_grad_()
-    (first,) = torch.autograd.grad(case.call()(logits).sum(), logits, create_graph=True)
+    upstream = torch.ones((), dtype=torch.double, requires_grad=True)
+    value = case.call(reduction="sum")(logits)
+    (first,) = torch.autograd.grad(value, logits, upstream, create_graph=True)
     direction = torch.randn_like(first)
-    (second,) = torch.autograd.grad(first, logits, direction)
+    second, slope = torch.autograd.grad(first, (logits, upstream), direction)
+    torch.testing.assert_close(slope, (first * direction).sum())
     # The Hessian of the loss is that of log sum exp: diag(p) - p p'.
     p = torch.where(case.mask[..., None], logits.detach(), 0.0).softmax(-1) * case.mask[..., None]
     expected = p * direction - p * (p * direction).sum(-1, keepdim=True)

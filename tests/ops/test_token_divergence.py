@@ -251,6 +251,22 @@ def test_nearly_one_hot_rows(backend: str, kind: str, distance: float) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("floor", [-1e4, -3e7, -1e30])
+def test_an_entry_that_one_distribution_all_but_rules_out(
+    backend: str, kind: str, floor: float
+) -> None:
+    """A huge log ratio where only the other side holds mass does not cost the digits of the rest."""
+    teacher, model = torch.randn(2, 256, 5)
+    (teacher if kind == "forward_kl" else model)[:, 0] = floor
+    case = Case(teacher, model, None, {"kind": kind})
+    truth, truth_grads = gradients(case.double().composed, case.double().tensors())
+    value, grads = gradients(case.call(backend), case.tensors())
+    for mine, true in zip((value, *grads), (truth, *truth_grads), strict=True):
+        assert float((mine - true).norm() / true.norm()) < 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_sum_to_zero(backend: str, options: dict[str, Any], dtype: torch.dtype) -> None:

@@ -26,7 +26,9 @@ def sum_to_shape(gradient: Tensor, like: Tensor) -> Tensor:
     if extra > 0:
         gradient = gradient.sum(dim=tuple(range(extra)))
     expanded = [
-        i for i, (wide, own) in enumerate(zip(gradient.shape, like.shape, strict=True)) if wide != own
+        i
+        for i, (wide, own) in enumerate(zip(gradient.shape, like.shape, strict=True))
+        if wide != own
     ]
     return gradient.sum(dim=expanded, keepdim=True) if expanded else gradient
 

@@ -18,8 +18,7 @@ from softdimo_fast.ops.reference.common import compute_dtype, mean_divisor, want
 class _Rows(NamedTuple):
     """What forward and backward both need; rows that do not count read as zeros, with target 0."""
 
-    shifted: Tensor  # z - max z, 0 where z is -inf
-    gone: Tensor  # z is -inf
+    shifted: Tensor  # z - max z
     exponentials: Tensor
     top: Tensor  # one-hot of the first maximum
     target: Tensor  # one-hot
@@ -35,20 +34,10 @@ def _read(logits: Tensor, targets: Tensor, mask: Tensor | None) -> _Rows:
     # Not amax: its derivative is shared among ties, and the loss treats one entry as the maximum.
     top = z.detach().argmax(dim=-1, keepdim=True)
     maximum = z.gather(-1, top)
-    broken = ~maximum.isfinite()
-    gone = (z == -torch.inf) & ~broken
-    maximum = torch.where(broken, 0.0, maximum)
-    # A where on the result alone would leave inf * 0 in the derivative.
-    shifted = torch.where(gone | broken, maximum, z) - maximum
+    shifted = z - maximum
     index = torch.arange(vocabulary, device=logits.device)
-    return _Rows(
-        shifted,
-        gone,
-        torch.where(gone, 0.0, torch.exp(shifted)),
-        top == index,
-        target == index,
-        broken | (target < 0) | (target >= vocabulary),
-    )
+    broken = ~maximum.isfinite() | (target < 0) | (target >= vocabulary)
+    return _Rows(shifted, torch.exp(shifted), top == index, target == index, broken)
 
 
 def masked_cross_entropy(
@@ -58,22 +47,16 @@ def masked_cross_entropy(
     rows = _read(logits, targets, mask)
     # The maximum contributes exactly 1: log1p keeps a confident row's loss from rounding to 0.
     others = torch.where(rows.top, 0.0, rows.exponentials).sum(dim=-1)
-    loss = torch.log1p(others) - (1 - label_smoothing) * _at_target(rows)
+    at_target = torch.where(rows.target, rows.shifted, 0.0).sum(dim=-1)
+    loss = torch.log1p(others) - (1 - label_smoothing) * at_target
     if label_smoothing != 0:
-        z = torch.where(rows.gone, -torch.inf, rows.shifted)
-        loss = loss - (label_smoothing / logits.shape[-1]) * z.sum(dim=-1)
+        loss = loss - (label_smoothing / logits.shape[-1]) * rows.shifted.sum(dim=-1)
     loss = torch.where(rows.broken.squeeze(-1), torch.nan, loss)
     if mask is not None:
         loss = torch.where(mask, loss, 0.0)
     if reduction == "none":
         return loss
     return loss.sum() / mean_divisor(loss, mask) if reduction == "mean" else loss.sum()
-
-
-def _at_target(rows: _Rows) -> Tensor:
-    """z_y - max z, -inf where the target's logit is."""
-    z = torch.where(rows.target, torch.where(rows.gone, -torch.inf, rows.shifted), 0.0)
-    return z.sum(dim=-1)
 
 
 def masked_cross_entropy_backward(

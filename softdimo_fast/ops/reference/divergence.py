@@ -29,9 +29,9 @@ _SERIES_TERMS = {torch.float32: 8, torch.float64: 14}
 class Pair(NamedTuple):
     """Two distributions over the same vocabulary, ``[..., V]`` each.
 
-    ``log_ratio`` is log p - log q, and 0 where an entry is -inf on either side. ``only_p``,
-    ``only_q``: the entry is -inf in the logits of the other one alone. A row that holds no
-    distribution has p = q = NaN.
+    ``log_ratio`` is log p - log q; finite, and nothing else, where an entry is -inf on either side;
+    NaN over a row that holds no distribution. ``only_p``, ``only_q``: the entry is -inf in the logits
+    of the other one alone.
     """
 
     p: Tensor
@@ -67,21 +67,17 @@ def compare(a: Tensor, b: Tensor, a_temperature: float, b_temperature: float) ->
     b_top = b.detach().amax(dim=-1, keepdim=True)
     # NaN, +inf or nothing but -inf.
     broken = ~(a_top.isfinite() & b_top.isfinite())
-    a_top, b_top = torch.where(broken, 0.0, a_top), torch.where(broken, 0.0, b_top)
     a_gone, b_gone = (a == -torch.inf) & ~broken, (b == -torch.inf) & ~broken
-    # Absent entries are computed with as if they were at the top, then left out: a where on the
-    # result alone would leave inf * 0 in the derivative.
-    a, b = torch.where(a_gone | broken, a_top, a), torch.where(b_gone | broken, b_top, b)
-    p, a_normalizer = _softmax((a - a_top) / a_temperature, a_gone)
-    q, b_normalizer = _softmax((b - b_top) / b_temperature, b_gone)
+    p, a_normalizer = _softmax((a - a_top) / a_temperature)
+    q, b_normalizer = _softmax((b - b_top) / b_temperature)
     if a_temperature == b_temperature:
         ratio = _finite(_difference(a, b, a_top, b_top) / a_temperature)
     else:
         ratio = _finite((a - a_top) / a_temperature) - _finite((b - b_top) / b_temperature)
     absent = a_gone | b_gone
     pair = Pair(
-        torch.where(broken, torch.nan, p),
-        torch.where(broken, torch.nan, q),
+        p,
+        q,
         torch.where(absent, 0.0, ratio - (a_normalizer - b_normalizer)),
         b_gone & ~a_gone,
         a_gone & ~b_gone,
@@ -89,12 +85,12 @@ def compare(a: Tensor, b: Tensor, a_temperature: float, b_temperature: float) ->
     # The two normalizers are rounded on their own; their difference is corrected (one Newton step) so
     # that sum(p - q), formed from the ratio, is zero. In exact arithmetic the correction is zero.
     excess = torch.log1p(probability_difference(pair).sum(dim=-1, keepdim=True)).detach()
-    return pair._replace(log_ratio=torch.where(absent, 0.0, pair.log_ratio - excess))
+    return pair._replace(log_ratio=pair.log_ratio - excess)
 
 
-def _softmax(scaled: Tensor, gone: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities and log normalizer of rows whose maximum is 0, without the entries that are gone."""
-    exponentials = torch.where(gone, 0.0, torch.exp(scaled))
+def _softmax(scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and log normalizer of rows whose maximum is 0."""
+    exponentials = torch.exp(scaled)
     total = exponentials.sum(dim=-1, keepdim=True)
     return exponentials / total, torch.log(total)
 

@@ -41,7 +41,9 @@ def kept_entries(scaled: Tensor, top_k: int | None, top_p: float | None) -> Tens
     return torch.zeros_like(keep).scatter(-1, order, keep)
 
 
-def _temperature(temperature: float, row_temperature: Tensor | None, dtype: torch.dtype) -> float | Tensor:
+def _temperature(
+    temperature: float, row_temperature: Tensor | None, dtype: torch.dtype
+) -> float | Tensor:
     """The divisor; a temperature tensor holds one per row, and NaN where it is not positive."""
     if row_temperature is None:
         return temperature
@@ -57,7 +59,9 @@ def noised_logits(
     z = logits.to(dtype)
     if mask is not None:
         z = torch.where(mask.unsqueeze(-1), 0.0, z)
-    keep = kept_entries(z.detach() / _temperature(temperature, row_temperature, dtype), top_k, top_p)
+    keep = kept_entries(
+        z.detach() / _temperature(temperature, row_temperature, dtype), top_k, top_p
+    )
     if seed is not None:
         rows = default_row_ids(row_ids, logits.shape[:-1], logits.device)
         z = z + gumbel(seed, rows, logits.shape[-1], dtype)
@@ -124,8 +128,8 @@ def _hard(y: Tensor, codebook: Tensor) -> Tensor:
 
 def soft_embedding_backward(
     grad: Tensor, logits: Tensor, codebook: Tensor, temperature: float, row_temperature: Tensor | None,
-    mask: Tensor | None, mask_embedding: Tensor | None, seed: Tensor | None, row_ids: Tensor | None, hard: bool,
-    top_k: int | None, top_p: float | None, wanted: list[bool],
+    mask: Tensor | None, mask_embedding: Tensor | None, seed: Tensor | None, row_ids: Tensor | None,
+    hard: bool, top_k: int | None, top_p: float | None, wanted: list[bool],
 ) -> Gradients:  # fmt: skip
     """Gradients to (logits, codebook, row_temperature, mask_embedding); empty tensors where not wanted.
 
@@ -137,7 +141,9 @@ def soft_embedding_backward(
     dtype = compute_dtype(logits, codebook, row_temperature, mask_embedding)
     t = _temperature(temperature, row_temperature, dtype)
     shifted = _shift(
-        noised_logits(logits, temperature, row_temperature, mask, top_k, top_p, seed, row_ids, dtype)
+        noised_logits(
+            logits, temperature, row_temperature, mask, top_k, top_p, seed, row_ids, dtype
+        )
     )
     p = _softmax(shifted, t)
     g = grad.to(dtype)

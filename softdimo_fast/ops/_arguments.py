@@ -139,6 +139,24 @@ def rows_mask(
     return rows_tensor(operator, name, mask, rows, pattern)
 
 
+def require_mask_embedding(
+    operator: str, mask: Tensor | None, mask_embedding: object, codebook: Tensor
+) -> None:
+    """``mask`` and ``mask_embedding`` come together, the latter as wide as the codebook ``[(G,) V, D]``."""
+    if mask is None:
+        if mask_embedding is not None:
+            raise ValueError(
+                f"{operator}: mask_embedding is given, but mask is None; pass both or neither"
+            )
+        return
+    if mask_embedding is None:
+        raise ValueError(f"{operator}: mask_embedding is required when mask is given, got None")
+    require_floating(operator, "mask_embedding", mask_embedding)
+    pattern = "[D]" if codebook.dim() == 2 else "[G, D]"
+    expected = codebook.shape[:-2] + codebook.shape[-1:]
+    require_shape(operator, "mask_embedding", mask_embedding, expected, pattern)  # type: ignore[arg-type]
+
+
 def number_or_rows(
     operator: str, name: str, value: object, rows: Sequence[int], device: torch.device, *, positive: bool,
     pattern: str = "logits.shape[:-1]",

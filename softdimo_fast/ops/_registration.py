@@ -30,10 +30,10 @@ def reference_operator(
         differentiable: the arguments of ``forward`` that get a gradient, in the order of the results of
             ``backward``.
     """
-    operator = _opaque(name, name, forward)
+    operator = opaque(name, name, forward)
     if backward is None:
         return
-    backward_operator = _opaque(f"{name}_backward", name, backward)
+    backward_operator = opaque(f"{name}_backward", name, backward)
     arguments = list(forward.__code__.co_varnames[: forward.__code__.co_argcount])
     positions = [arguments.index(argument) for argument in differentiable]
 
@@ -130,15 +130,20 @@ def place(
     return tuple(slots)
 
 
-def _opaque(name: str, public: str, fn: Callable[..., Any]) -> Any:
-    """``softdimo_reference::name`` from a typed plain-torch function."""
+def opaque(
+    name: str, public: str, fn: Callable[..., Any], fake: Callable[..., Any] | None = None
+) -> Any:
+    """``softdimo_reference::name`` from a typed plain-torch function, which is its own fake kernel too.
+
+    ``fake`` takes over where tracing ``fn`` would unroll a loop.
+    """
     operator = torch.library.custom_op(
         f"{REFERENCE}::{name}",
         without_autocast(fn),
         mutates_args=(),
         schema=torch.library.infer_schema(fn, mutates_args=()),
     )
-    operator.register_fake(fn)
+    operator.register_fake(fake or fn)
     torch.library.register_vmap(operator, vmap_refusal(public))
     return operator
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -129,7 +128,7 @@ def _prepare(
     rows = [*hidden.shape[:-1], *weight.shape[:-2]]
     pattern = "hidden.shape[:-1]" if weight.dim() == 2 else "[*hidden.shape[:-1], G]"
     mask = check.rows_mask(NAME, "mask", mask, rows, device, pattern)
-    _check_mask_embedding(mask, mask_embedding, codebook)
+    check.require_mask_embedding(NAME, mask, mask_embedding, codebook)
     check.require_same_device(
         NAME, "hidden", device, weight=weight, codebook=codebook, bias=bias,
         mask_embedding=mask_embedding,
@@ -176,23 +175,6 @@ def _check_bias(bias: Tensor | None, hidden: Tensor, weight: Tensor) -> None:
         check.require_floating(NAME, "bias", bias)
         logits = [*hidden.shape[:-1], *weight.shape[:-1]]
         check.rows_tensor(NAME, "bias", bias, logits, "and vocabulary, the logits' shape")
-
-
-def _check_mask_embedding(
-    mask: Tensor | None, mask_embedding: Tensor | None, codebook: Tensor
-) -> None:
-    if mask is None:
-        if mask_embedding is not None:
-            raise ValueError(
-                f"{NAME}: mask_embedding is given, but mask is None; pass both or neither"
-            )
-        return
-    if mask_embedding is None:
-        raise ValueError(f"{NAME}: mask_embedding is required when mask is given, got None")
-    check.require_floating(NAME, "mask_embedding", mask_embedding)
-    expected = [*codebook.shape[:-2], codebook.shape[-1]]
-    pattern = "[D]" if codebook.dim() == 2 else "[G, D]"
-    check.require_shape(NAME, "mask_embedding", mask_embedding, expected, pattern)
 
 
 def _keeps_logits(call: _Call, memory: str) -> bool:
@@ -270,23 +252,12 @@ def _composite_backward(
     )  # fmt: skip
 
 
-def _opaque(suffix: str, fn: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    operator = torch.library.custom_op(
-        f"{_registration.REFERENCE}::{NAME}{suffix}",
-        _registration.without_autocast(fn),
-        mutates_args=(),
-        schema=torch.library.infer_schema(fn, mutates_args=()),
-    )
-    # A fake kernel of its own: tracing must not unroll the walk over the slices.
-    operator.register_fake(fake)
-    torch.library.register_vmap(operator, _registration.vmap_refusal(NAME))
-    return operator
-
-
 # A second output and what is kept between forward and backward: more than reference_operator covers.
-_forward = _opaque("", reference.linear_soft_embedding, _fake)
+_forward = _registration.opaque(NAME, NAME, reference.linear_soft_embedding, _fake)
 _forward.register_autograd(_gradients, setup_context=_save)
-_opaque("_backward", reference.linear_soft_embedding_backward, _fake_backward)
+_registration.opaque(
+    f"{NAME}_backward", NAME, reference.linear_soft_embedding_backward, _fake_backward
+)
 _registration.register_double_backward(
     f"{_registration.REFERENCE}::{NAME}_backward", _composite_backward
 )

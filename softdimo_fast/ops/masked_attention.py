@@ -103,7 +103,7 @@ def _prepare(
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1])
     check.require_number(NAME, "scale", scale)
-    choice = _choose(query, key, key_mask is None and query_mask is None, backend)
+    choice = _choose(query, key_mask is None and query_mask is None, backend)
     return _Call(
         _autocast(query),
         _autocast(key),
@@ -137,11 +137,11 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
-def _choose(query: Tensor, key: Tensor, dense: bool, backend: str | None) -> _backends.Choice:
+def _choose(query: Tensor, dense: bool, backend: str | None) -> _backends.Choice:
     obstacles = _backends.device_obstacles(query)
     obstacles.setdefault("cpp", "this operator has no C++ kernel")
     obstacles.setdefault("cuda", "this operator has no CUDA kernel")
-    if dense and backend is None and _backends.PREFERRED != "reference" and key.shape[2] > 0:
+    if dense and backend is None and _backends.PREFERRED != "reference":
         return _backends.Choice(SDPA, "dense call (no masks): torch's fused attention")
     return _backends.choose(NAME, backend, obstacles)
 

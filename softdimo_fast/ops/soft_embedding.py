@@ -130,7 +130,8 @@ def _prepare(
         NAME, "logits", device, codebook=codebook, mask_embedding=mask_embedding
     )
     mask = check.rows_mask(NAME, "mask", mask, rows, device)
-    mask_embedding = _check_mask_embedding(mask, mask_embedding, codebook)
+    check.require_mask_embedding(NAME, mask, mask_embedding, codebook)
+    mask_embedding = check.autocast(mask_embedding)
     scalar, row_temperature = check.number_or_rows(
         NAME, "temperature", temperature, rows, device, positive=True
     )
@@ -156,33 +157,16 @@ def _check_codebook(logits: Tensor, codebook: Tensor) -> None:
             f"{NAME}: codebook must have V = {logits.shape[-1]} rows (logits have shape "
             f"{check.shape(logits)}), got shape {check.shape(codebook)}"
         )
-    if codebook.shape[-1] < 1:
+    if 0 in (codebook.shape[0], codebook.shape[-1]):
         raise ValueError(
-            f"{NAME}: codebook must have a width D >= 1, got shape {check.shape(codebook)}"
+            f"{NAME}: codebook must have a width D >= 1 (and at least one group), got shape "
+            f"{check.shape(codebook)}"
         )
     if codebook.dim() == 3 and (logits.dim() < 2 or logits.shape[-2] != codebook.shape[0]):
         raise ValueError(
             f"{NAME}: a grouped codebook {check.shape(codebook)} needs logits [..., G, V] with G = "
             f"{codebook.shape[0]}, got logits of shape {check.shape(logits)}"
         )
-
-
-def _check_mask_embedding(
-    mask: Tensor | None, mask_embedding: Tensor | None, codebook: Tensor
-) -> Tensor | None:
-    if mask is None:
-        if mask_embedding is not None:
-            raise ValueError(
-                f"{NAME}: mask_embedding is given, but mask is None; pass both or neither"
-            )
-        return None
-    if mask_embedding is None:
-        raise ValueError(f"{NAME}: mask_embedding is required when mask is given, got None")
-    check.require_floating(NAME, "mask_embedding", mask_embedding)
-    pattern = "[G, D]" if codebook.dim() == 3 else "[D]"
-    expected = codebook.shape[:-2] + codebook.shape[-1:]
-    check.require_shape(NAME, "mask_embedding", mask_embedding, expected, pattern)
-    return check.autocast(mask_embedding)
 
 
 def _check_truncation(top_k: object, top_p: object) -> None:

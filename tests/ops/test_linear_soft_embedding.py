@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 from collections.abc import Callable
@@ -25,12 +26,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from softdimo_fast.ops import linear_soft_embedding as module
 from softdimo_fast.ops._explain import explain
 from softdimo_fast.ops.linear_soft_embedding import linear_soft_embedding
 from softdimo_fast.ops.reference import linear_soft_embedding as reference
 from softdimo_fast.ops.soft_embedding import soft_embedding
 
+# By name: the package exports the function over the module.
+module = importlib.import_module("softdimo_fast.ops.linear_soft_embedding")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OPERATOR = "softdimo_reference::linear_soft_embedding"
 NAMES = ("hidden", "weight", "codebook", "bias", "temperature", "mask_embedding")

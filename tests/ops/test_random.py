@@ -74,7 +74,9 @@ def test_uniform_follows_its_counter(seed: int, offset: int) -> None:
 def test_uniform_is_open_at_extreme_words(monkeypatch: pytest.MonkeyPatch, word: int) -> None:
     """Neither 0 nor 1 for any word, so the noise is finite; near 0 the word is kept exactly."""
     monkeypatch.setattr(
-        random, "philox4x32", lambda counter, key: [torch.full_like(counter[2], word)] * 4
+        random,
+        "philox4x32",
+        lambda counter, key: [torch.full_like(counter[0] + counter[2], word)] * 4,
     )
     seed, rows = torch.tensor([0, 0]), torch.tensor([0])
     u = random.uniform(seed, rows, 4)

@@ -24,6 +24,7 @@ BAD: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
     (ValueError, r"codebook must have shape \[V, D\] or \[G, V, D\], got \[10\]", (Z, E[:, 0]), {}),
     (ValueError, r"codebook must have V = 10 rows", (Z, torch.ones(9, 3)), {}),
     (ValueError, "codebook must have a width D >= 1", (Z, torch.ones(10, 0)), {}),
+    (ValueError, "codebook must have .* at least one group", (Z[:, :0], torch.ones(0, 10, 3)), {}),
     (ValueError, r"grouped codebook .* needs logits \[\.\.\., G, V\] with G = 5", (Z, GROUPED[:5]), {}),
     (ValueError, "codebook is on meta, but logits is on cpu", (Z, E.to("meta")), {}),
     (ValueError, "temperature must be positive and finite, got 0", (Z, E), {"temperature": 0}),

@@ -57,7 +57,7 @@ def linear_soft_embedding(
     """The expected embedding of every row in the codebook's dtype, and the logits if they are kept.
 
     ``mask``: already of the rows' shape (``[..., G]`` when grouped). Kept logits have the compute
-    dtype and are zero in masked rows; logits that are not kept are an empty tensor.
+    dtype; logits that are not kept are an empty tensor.
     """
     call = _flatten(hidden, weight, codebook, bias, row_temperature, mask, mask_embedding)
     groups, vocabulary, _ = call.weight.shape
@@ -180,13 +180,13 @@ def _group_hidden(part: _Rows) -> Tensor:
 
 
 def _logits(part: _Rows) -> Tensor:
-    """``[n, G, V]``, zero in masked rows, so that nothing of them (nor their bias) is ever used."""
+    """``[n, G, V]``; what stands in a masked row the soft embedding ignores."""
     hidden = _group_hidden(part)
     with ieee_float32(hidden):
         z = torch.einsum("ngh,gvh->ngv", hidden, part.weight)
     if part.bias is not None and part.bias_row is not None:
         z = z + part.bias[part.bias_row]
-    return z if part.mask is None else torch.where(part.mask.unsqueeze(-1), 0.0, z)
+    return z
 
 
 # --------------------------------------------------------------------------------------------------

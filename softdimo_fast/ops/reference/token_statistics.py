@@ -26,8 +26,6 @@ def token_statistics(
     """
     dtype = compute_dtype(logits, row_temperature)
     z = logits.to(dtype)
-    if mask is not None:
-        z = torch.where(mask.unsqueeze(-1), z, 0.0)
     t = _temperature(temperature, row_temperature, dtype)
     top = z.amax(dim=-1, keepdim=True)
     shifted = (z - top) / t

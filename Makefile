@@ -2,6 +2,7 @@
 # make test       the CPU test suite with its coverage bound (builds what has changed first)
 # make lint       ruff and mypy
 # make verify     the same kernels again: sanitizers, and every older instruction set
+# make bench      our kernels beside what they replace, timed (pytest-benchmark)
 # make clean      removes what was built, but not .venv
 #
 # Settings, given as `make test NAME=value`:
@@ -42,7 +43,7 @@ workers = $(if $(call has,xdist),-n $(JOBS))
 coverage = $(if $(call has,pytest_cov),--cov=softdimo_fast --cov-fail-under=90)
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest $(workers) -q
 
-.PHONY: install test lint verify verify-isa verify-sanitize verify-emulation clean FORCE
+.PHONY: install test lint verify verify-isa verify-sanitize verify-emulation bench clean FORCE
 
 install: $(BUILT)
 
@@ -99,6 +100,10 @@ verify-sanitize: $(BUILT)
 # The CUDA kernels, compiled as C++ for the CPU, watched in the same way.
 verify-emulation: $(BUILT)
 	$(UNDER_SANITIZERS) SOFTDIMO_EMULATION_SANITIZE=1 $(PYTEST) $(PYTEST_ARGS) tests/emulation
+
+# On all cores, in one process: these are times.
+bench: $(BUILT)
+	$(PY) -m pytest -q --benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds $(PYTEST_ARGS) benchmarks
 
 clean:
 	rm -rf build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

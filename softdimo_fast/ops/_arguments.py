@@ -139,6 +139,19 @@ def rows_mask(
     return rows_tensor(operator, name, mask, rows, pattern)
 
 
+def require_truncation(operator: str, top_k: object, top_p: object) -> None:
+    """``top_k`` is an int >= 1 or None, ``top_p`` a number in (0, 1] or None."""
+    if top_k is not None:
+        if isinstance(top_k, bool) or not isinstance(top_k, int):
+            raise TypeError(f"{operator}: top_k must be an int or None, got {type(top_k).__name__}")
+        if top_k < 1:
+            raise ValueError(f"{operator}: top_k must be at least 1, got {top_k}")
+    if top_p is not None:
+        require_number(operator, "top_p", top_p)
+        if not 0 < top_p <= 1:  # type: ignore[operator]
+            raise ValueError(f"{operator}: top_p must be in (0, 1], got {top_p}")
+
+
 def require_mask_embedding(
     operator: str, mask: Tensor | None, mask_embedding: object, codebook: Tensor
 ) -> None:

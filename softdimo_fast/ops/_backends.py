@@ -54,11 +54,23 @@ def choose(operator: str, backend: str | None, obstacles: Mapping[str, str]) -> 
     raise AssertionError("the reference backend has no obstacles")
 
 
-def device_obstacles(tensor: torch.Tensor) -> dict[str, str]:
-    """The obstacles that follow from the device alone; an operator adds its own."""
-    obstacles = {"triton": "this operator has no Triton kernel"}
-    if tensor.device.type != "cpu":
-        obstacles["cpp"] = f"the C++ kernels need CPU tensors, these are on {tensor.device}"
-    if tensor.device.type != "cuda":
-        obstacles["cuda"] = f"the CUDA kernels need CUDA tensors, these are on {tensor.device}"
-    return obstacles
+# What each kernel backend is called, and the devices whose tensors it takes.
+_KERNELS = {
+    "cpp": ("C++", ("cpu",)),
+    "cuda": ("CUDA", ("cuda",)),
+    "triton": ("Triton", ("cpu", "cuda")),
+}
+
+
+def obstacles(tensor: torch.Tensor, *kernels: str) -> dict[str, str]:
+    """What keeps each backend from a call on ``tensor``'s device, where the operator has ``kernels``."""
+    found = {}
+    for backend, (label, devices) in _KERNELS.items():
+        if backend not in kernels:
+            found[backend] = f"this operator has no {label} kernel"
+        elif tensor.device.type not in devices:
+            needed = " or ".join(device.upper() for device in devices)
+            found[backend] = (
+                f"the {label} kernels need {needed} tensors, these are on {tensor.device}"
+            )
+    return found

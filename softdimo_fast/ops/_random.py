@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,13 @@ def seed_pair(
         [torch.full((1,), seed, dtype=torch.int64, device=device),
          torch.zeros(1, dtype=torch.int64, device=device)]
     )  # fmt: skip
+
+
+def without_draw(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call that is explained, not made: it must not advance any generator."""
+    if options.get("seed") is not None:
+        return dict(options)
+    return {**options, "seed": 0, "generator": None}
 
 
 def row_numbers(

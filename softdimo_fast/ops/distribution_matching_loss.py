@@ -15,7 +15,6 @@ from softdimo_fast.ops.token_divergence import (
     check_guidance,
     check_weight,
     kl_weights,
-    obstacles,
     require_like,
     work,
 )
@@ -142,7 +141,7 @@ def _prepare(
     assert row_mask is not None
     check_weight(NAME, weight, rows, device)
     check.require_choice(NAME, "normalization", normalization, ("sum", "batch", "masked"))
-    choice = _backends.choose(NAME, backend, obstacles(student_logits))
+    choice = _backends.choose(NAME, backend, _backends.obstacles(student_logits))
     # Detached: the gradient is transplanted, so no derivative of any order leads to these.
     uncond = None if teacher_uncond_logits is None else teacher_uncond_logits.detach()
     return _Call(

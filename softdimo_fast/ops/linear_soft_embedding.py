@@ -141,7 +141,7 @@ def _prepare(
     call = _Call(
         _autocast(hidden), _autocast(weight), _autocast(codebook), check.autocast(bias), scalar,
         row_temperature, mask, check.autocast(mask_embedding), False,
-        _backends.choose(NAME, backend, _obstacles(hidden)),
+        _backends.choose(NAME, backend, _backends.obstacles(hidden)),
     )  # fmt: skip
     return call._replace(keep_logits=_keeps_logits(call, memory))
 
@@ -185,13 +185,6 @@ def _keeps_logits(call: _Call, memory: str) -> bool:
     if memory == "recompute" or not needed:
         return False
     return memory == "keep" or call.logits_bytes <= KEEP_BYTES
-
-
-def _obstacles(hidden: Tensor) -> dict[str, str]:
-    obstacles = _backends.device_obstacles(hidden)
-    obstacles.setdefault("cpp", "this operator has no C++ kernel")
-    obstacles.setdefault("cuda", "this operator has no CUDA kernel")
-    return obstacles
 
 
 # --------------------------------------------------------------------------------------------------

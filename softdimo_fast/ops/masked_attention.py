@@ -138,12 +138,9 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _choose(query: Tensor, dense: bool, backend: str | None) -> _backends.Choice:
-    obstacles = _backends.device_obstacles(query)
-    obstacles.setdefault("cpp", "this operator has no C++ kernel")
-    obstacles.setdefault("cuda", "this operator has no CUDA kernel")
     if dense and backend is None and _backends.PREFERRED != "reference":
         return _backends.Choice(SDPA, "dense call (no masks): torch's fused attention")
-    return _backends.choose(NAME, backend, obstacles)
+    return _backends.choose(NAME, backend, _backends.obstacles(query))
 
 
 _registration.reference_operator(

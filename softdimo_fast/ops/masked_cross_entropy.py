@@ -98,7 +98,7 @@ def _prepare(
     check.require_choice(NAME, "reduction", reduction, ("none", "sum", "mean"))
     if check.checks_values(targets):
         _check_range(targets, mask, logits.shape[-1])
-    choice = _backends.choose(NAME, backend, _obstacles(logits))
+    choice = _backends.choose(NAME, backend, _backends.obstacles(logits))
     return _Call(logits, targets, mask, float(label_smoothing), reduction, choice)
 
 
@@ -111,13 +111,6 @@ def _check_range(targets: Tensor, mask: Tensor | None, vocabulary: int) -> None:
             f"{NAME}: targets must be in [0, {vocabulary}) on counted rows, got "
             f"{targets[wrong][0].item()} ({int(wrong.sum())} such rows); mask leaves rows out"
         )
-
-
-def _obstacles(logits: Tensor) -> dict[str, str]:
-    obstacles = _backends.device_obstacles(logits)
-    obstacles.setdefault("cpp", "this operator has no C++ kernel")
-    obstacles.setdefault("cuda", "this operator has no CUDA kernel")
-    return obstacles
 
 
 _registration.reference_operator(

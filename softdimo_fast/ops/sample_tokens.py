@@ -119,34 +119,15 @@ def _prepare(
     scalar, row_temperature = check.number_or_rows(
         NAME, "temperature", temperature, rows, device, positive=True
     )
-    _check_truncation(top_k, top_p)
+    check.require_truncation(NAME, top_k, top_p)
     if row_temperature is not None:
         row_temperature = row_temperature.detach()
     return _Call(
         logits.detach(), scalar, row_temperature, top_k, None if top_p is None else float(top_p),
         _random.seed_pair(NAME, seed, generator, device),
         _random.row_numbers(NAME, row_ids, rows, device), bool(return_log_prob),
-        _backends.choose(NAME, backend, _obstacles(logits)),
+        _backends.choose(NAME, backend, _backends.obstacles(logits)),
     )  # fmt: skip
-
-
-def _check_truncation(top_k: object, top_p: object) -> None:
-    if top_k is not None:
-        if isinstance(top_k, bool) or not isinstance(top_k, int):
-            raise TypeError(f"{NAME}: top_k must be an int or None, got {type(top_k).__name__}")
-        if top_k < 1:
-            raise ValueError(f"{NAME}: top_k must be at least 1, got {top_k}")
-    if top_p is not None:
-        check.require_number(NAME, "top_p", top_p)
-        if not 0 < top_p <= 1:  # type: ignore[operator]
-            raise ValueError(f"{NAME}: top_p must be in (0, 1], got {top_p}")
-
-
-def _obstacles(logits: Tensor) -> dict[str, str]:
-    obstacles = _backends.device_obstacles(logits)
-    obstacles.setdefault("cpp", "this operator has no C++ kernel")
-    obstacles.setdefault("cuda", "this operator has no CUDA kernel")
-    return obstacles
 
 
 _registration.reference_operator(NAME, reference.sample_tokens)
@@ -154,8 +135,7 @@ _registration.reference_operator(NAME, reference.sample_tokens)
 
 @explains(sample_tokens)
 def _explain(logits: Tensor, **options: Any) -> Explanation:
-    # The explained call must not advance torch's generator.
-    call = _prepare(logits, **{**options, "seed": options.get("seed", 0)})
+    call = _prepare(logits, **_random.without_draw(options))
     rows = logits.numel() // logits.shape[-1]
     item = logits.element_size()
     found = 8 + (max(item, 4) if call.log_prob else 0)

@@ -136,11 +136,11 @@ def _prepare(
         NAME, "temperature", temperature, rows, device, positive=True
     )
     check.require_choice(NAME, "precision", precision, ("default", "high"))
-    _check_truncation(top_k, top_p)
+    check.require_truncation(NAME, top_k, top_p)
     seed_tensor = _check_noise(noise, seed, row_ids, generator, device)
     if noise is not None:
         row_ids = _random.row_numbers(NAME, row_ids, rows, device)
-    choice = _backends.choose(NAME, backend, _obstacles(logits, codebook, top_k, top_p))
+    choice = _backends.choose(NAME, backend, _obstacles(logits, top_k, top_p))
     return _Call(
         logits, codebook, scalar, row_temperature, mask, mask_embedding, seed_tensor, row_ids, bool(hard),
         top_k, None if top_p is None else float(top_p), choice,
@@ -169,18 +169,6 @@ def _check_codebook(logits: Tensor, codebook: Tensor) -> None:
         )
 
 
-def _check_truncation(top_k: object, top_p: object) -> None:
-    if top_k is not None:
-        if isinstance(top_k, bool) or not isinstance(top_k, int):
-            raise TypeError(f"{NAME}: top_k must be an int or None, got {type(top_k).__name__}")
-        if top_k < 1:
-            raise ValueError(f"{NAME}: top_k must be at least 1, got {top_k}")
-    if top_p is not None:
-        check.require_number(NAME, "top_p", top_p)
-        if not 0 < top_p <= 1:  # type: ignore[operator]
-            raise ValueError(f"{NAME}: top_p must be in (0, 1], got {top_p}")
-
-
 def _check_noise(
     noise: object,
     seed: object,
@@ -199,11 +187,8 @@ def _check_noise(
     return _random.seed_pair(NAME, seed, generator, device)
 
 
-def _obstacles(
-    logits: Tensor, codebook: Tensor, top_k: int | None, top_p: float | None
-) -> dict[str, str]:
-    obstacles = _backends.device_obstacles(logits)
-    obstacles.setdefault("cuda", "this operator has no CUDA kernel")
+def _obstacles(logits: Tensor, top_k: int | None, top_p: float | None) -> dict[str, str]:
+    obstacles = _backends.obstacles(logits, "cpp")
     if "cpp" not in obstacles and (top_k is not None or top_p is not None):
         obstacles["cpp"] = "the C++ kernel does not truncate (top_k, top_p)"
     return obstacles
@@ -295,7 +280,8 @@ _registration.reference_operator(
 
 @explains(soft_embedding)
 def _explain(logits: Tensor, codebook: Tensor, **options: Any) -> Explanation:
-    call = _prepare(logits, codebook, **options)
+    noisy = options.get("noise") is not None
+    call = _prepare(logits, codebook, **(_random.without_draw(options) if noisy else options))
     vocabulary, width = codebook.shape[-2:]
     rows = logits.numel() // vocabulary
     cpp = call.choice.backend == "cpp"

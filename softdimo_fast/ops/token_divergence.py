@@ -133,7 +133,7 @@ def _prepare(
     mask = check.rows_mask(NAME, "mask", mask, rows, device)
     check_weight(NAME, weight, rows, device)
     check.require_choice(NAME, "reduction", reduction, ("none", "sum", "mean"))
-    choice = _backends.choose(NAME, backend, obstacles(teacher_logits))
+    choice = _backends.choose(NAME, backend, _backends.obstacles(teacher_logits))
     return _Call(
         teacher_logits, model_logits, teacher_uncond_logits, scale, row_guidance,
         float(teacher_temperature), float(model_temperature), forward_weight, reverse_weight, mask,
@@ -202,13 +202,6 @@ def check_weight(
     check.require_same_device(operator, "the input", device, weight=weight)
     check.require_no_gradient(operator, weight=weight)
     check.rows_tensor(operator, "weight", weight, rows)
-
-
-def obstacles(logits: Tensor) -> dict[str, str]:
-    found = _backends.device_obstacles(logits)
-    found.setdefault("cpp", "this operator has no C++ kernel")
-    found.setdefault("cuda", "this operator has no CUDA kernel")
-    return found
 
 
 def work(*logits: Tensor | None) -> tuple[int, int, int]:

@@ -90,8 +90,7 @@ def _prepare(
 
 
 def _obstacles(logits: Tensor, row_temperature: Tensor | None) -> dict[str, str]:
-    obstacles = _backends.device_obstacles(logits)
-    obstacles.setdefault("cpp", "this operator has no C++ kernel")
+    obstacles = _backends.obstacles(logits, "cuda")
     if "cuda" in obstacles:
         return obstacles
     if _library.CUDA_OBSTACLE is not None:

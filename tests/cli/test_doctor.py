@@ -173,6 +173,28 @@ def test_advice_for_a_driver_that_torch_does_not_use(report: doctor.Report) -> N
     assert doctor._advice(report) == []
 
 
+def test_device_has_a_section_of_its_own(report: doctor.Report) -> None:
+    report.devices = ["NVIDIA H200, capability 9.0, 140 GiB"]
+    obstacles = {
+        "cuda": None,
+        "cpp": "the C++ kernels need CPU tensors, these are on cuda:0",
+        "triton": "this operator has no Triton kernel",
+        "reference": None,
+    }
+    report.operators.append(
+        doctor.Operator("an_operator", "cuda", "bfloat16", "cuda", "a kernel, sm_90a", obstacles)
+    )
+    lines = doctor.render(report).splitlines()
+    assert any(line.endswith("NVIDIA H200, capability 9.0, 140 GiB") for line in lines)
+    start = lines.index("Operators on CUDA, bfloat16")
+    assert [line.strip() for line in lines[start + 1 : start + 5]] == [
+        "an_operator  runs cuda: a kernel, sm_90a",
+        "also reference",
+        "no kernel: triton",
+        "",
+    ]
+
+
 def test_variables_are_those_the_sources_read() -> None:
     sources = [ROOT / "setup.py", ROOT / "tests" / "conftest.py"]
     sources += [*ROOT.glob("softdimo_fast/ops/**/*.py"), *ROOT.glob("csrc/**/*.cpp")]

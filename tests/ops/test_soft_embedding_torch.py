@@ -260,6 +260,9 @@ def test_explain_names_costs() -> None:
     assert "contiguous copy" in strides.notes[0]
     assert "top_k" in explain(soft_embedding, logits, codebook, top_k=2).reason
     assert "soft_embedding" in str(explanation)
+    before = torch.get_rng_state()
+    assert explain(soft_embedding, logits, codebook, noise="gumbel").backend == "cpp"
+    assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(TypeError, match="fn must be one of"):
         explain(print)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softdimo_fast.ops.reference.common import compute_dtype, ieee_float32
-from softdimo_fast.ops.reference.soft_embedding import _logits_gradient
+from softdimo_fast.ops.reference.soft_embedding import logits_gradient
 
 
 def masked_attention(
@@ -45,7 +45,7 @@ def masked_attention_backward(
     p = _probabilities(q, k, key_mask, scale)
     dquery, dkey, dvalue = (tensor.new_empty(0) for tensor in (query, key, value))
     if wanted[0] or wanted[1]:
-        ds = scale * _logits_gradient(p, g, v, 1.0)
+        ds = scale * logits_gradient(p, g, v, 1.0)
     with ieee_float32(p):
         if wanted[0]:
             dquery = _only(query_mask, ds @ k).to(query.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softdimo_fast.ops.reference.common import compute_dtype
 from softdimo_fast.ops.reference.random import default_row_ids, gumbel
-from softdimo_fast.ops.reference.soft_embedding import _temperature, kept_entries
+from softdimo_fast.ops.reference.soft_embedding import kept_entries, temperature_divisor
 
 
 def sample_tokens(
@@ -25,7 +25,7 @@ def sample_tokens(
     """
     dtype = compute_dtype(logits, row_temperature)
     z = logits.to(dtype)
-    t = _temperature(temperature, row_temperature, dtype)
+    t = temperature_divisor(temperature, row_temperature, dtype)
     top = z.amax(dim=-1, keepdim=True)
     valid = top.isfinite()
     if isinstance(t, Tensor):

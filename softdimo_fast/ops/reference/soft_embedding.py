@@ -41,7 +41,7 @@ def kept_entries(scaled: Tensor, top_k: int | None, top_p: float | None) -> Tens
     return torch.zeros_like(keep).scatter(-1, order, keep)
 
 
-def _temperature(
+def temperature_divisor(
     temperature: float, row_temperature: Tensor | None, dtype: torch.dtype
 ) -> float | Tensor:
     """The divisor; a temperature tensor holds one per row, and NaN where it is not positive."""
@@ -60,7 +60,7 @@ def noised_logits(
     if mask is not None:
         z = torch.where(mask.unsqueeze(-1), 0.0, z)
     keep = kept_entries(
-        z.detach() / _temperature(temperature, row_temperature, dtype), top_k, top_p
+        z.detach() / temperature_divisor(temperature, row_temperature, dtype), top_k, top_p
     )
     if seed is not None:
         rows = default_row_ids(row_ids, logits.shape[:-1], logits.device)
@@ -108,7 +108,7 @@ def soft_embedding(
     if hard:
         out = _hard(y, codebook)
     else:
-        p = _softmax(_shift(y), _temperature(temperature, row_temperature, dtype))
+        p = _softmax(_shift(y), temperature_divisor(temperature, row_temperature, dtype))
         out = _expectation(p, codebook.to(dtype)).to(codebook.dtype)
     if mask is not None and mask_embedding is not None:
         out = torch.where(mask.unsqueeze(-1), mask_embedding.to(out.dtype), out)
@@ -139,7 +139,7 @@ def soft_embedding_backward(
         dT         = -(1 / T) sum_v dlogits[v] (y[v] - max y)
     """
     dtype = compute_dtype(logits, codebook, row_temperature, mask_embedding)
-    t = _temperature(temperature, row_temperature, dtype)
+    t = temperature_divisor(temperature, row_temperature, dtype)
     shifted = _shift(
         noised_logits(
             logits, temperature, row_temperature, mask, top_k, top_p, seed, row_ids, dtype
@@ -149,7 +149,7 @@ def soft_embedding_backward(
     g = grad.to(dtype)
     soft = g if mask is None else torch.where(mask.unsqueeze(-1), 0.0, g)
     table = codebook.to(dtype)
-    dlogits = _logits_gradient(p, soft, table, t)
+    dlogits = logits_gradient(p, soft, table, t)
     if mask is not None:
         dlogits = torch.where(mask.unsqueeze(-1), 0.0, dlogits)
 
@@ -167,7 +167,7 @@ def soft_embedding_backward(
     return wanted_or_empty(wanted[0], dlogits, logits), dcodebook, dtemperature, dmask
 
 
-def _logits_gradient(p: Tensor, g: Tensor, table: Tensor, t: float | Tensor) -> Tensor:
+def logits_gradient(p: Tensor, g: Tensor, table: Tensor, t: float | Tensor) -> Tensor:
     """p (g . E - g . e) / T, with the dominant entry written as minus the sum of the others.
 
     Where one probability is nearly 1, ``g . E[v] - g . e`` cancels for that entry; the row sum is zero, so

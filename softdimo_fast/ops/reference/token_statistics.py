@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from softdimo_fast.ops.reference.common import compute_dtype
-from softdimo_fast.ops.reference.soft_embedding import _temperature
+from softdimo_fast.ops.reference.soft_embedding import temperature_divisor
 
 
 def token_statistics(
@@ -26,7 +26,7 @@ def token_statistics(
     """
     dtype = compute_dtype(logits, row_temperature)
     z = logits.to(dtype)
-    t = _temperature(temperature, row_temperature, dtype)
+    t = temperature_divisor(temperature, row_temperature, dtype)
     top = z.amax(dim=-1, keepdim=True)
     shifted = (z - top) / t
     weight = torch.exp(shifted)

@@ -1,8 +1,10 @@
 # make install    a virtual environment in .venv with torch and this package, built from this checkout
+# make demo       pictures fitted through soft tokens, in a few seconds
 # make test       the CPU test suite with its coverage bound (builds what has changed first)
 # make lint       ruff and mypy
-# make verify     the same kernels again: sanitizers, and every older instruction set
+# make verify     the same kernels again: sanitizers, every older instruction set, the demo
 # make bench      our kernels beside what they replace, timed (pytest-benchmark)
+# make bench      soft_embedding beside the expression it replaces
 # make clean      removes what was built, but not .venv
 #
 # Settings, given as `make test NAME=value`:
@@ -43,7 +45,7 @@ workers = $(if $(call has,xdist),-n $(JOBS))
 coverage = $(if $(call has,pytest_cov),--cov=softdimo_fast --cov-fail-under=90)
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest $(workers) -q
 
-.PHONY: install test lint verify verify-isa verify-sanitize verify-emulation bench clean FORCE
+.PHONY: install demo test bench lint verify verify-isa verify-sanitize verify-emulation bench clean FORCE
 
 install: $(BUILT)
 
@@ -71,12 +73,19 @@ $(BUILT): $(FINGERPRINT) $(ENVIRONMENT)
 test: $(BUILT)
 	$(PYTEST) $(coverage) $(PYTEST_ARGS) tests
 
+demo: $(BUILT)
+	$(PY) examples/soft_tokens.py
+
+# One process on all cores: the operators' own threads are part of what is measured.
+bench: $(BUILT)
+	$(PY) -m pytest -q benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds $(PYTEST_ARGS)
+
 lint: $(BUILT)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-verify: verify-isa verify-sanitize verify-emulation
+verify: demo verify-isa verify-sanitize verify-emulation
 
 # The best instruction set of this processor is the one that `make test` ran.
 verify-isa: $(BUILT)

@@ -4,7 +4,6 @@
 # make lint       ruff and mypy
 # make verify     the same kernels again: sanitizers, every older instruction set, the demo
 # make bench      our kernels beside what they replace, timed (pytest-benchmark)
-# make bench      soft_embedding beside the expression it replaces
 # make clean      removes what was built, but not .venv
 #
 # Settings, given as `make test NAME=value`:
@@ -45,7 +44,7 @@ workers = $(if $(call has,xdist),-n $(JOBS))
 coverage = $(if $(call has,pytest_cov),--cov=softdimo_fast --cov-fail-under=90)
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest $(workers) -q
 
-.PHONY: install demo test bench lint verify verify-isa verify-sanitize verify-emulation bench clean FORCE
+.PHONY: install demo test bench lint verify verify-isa verify-sanitize verify-emulation clean FORCE
 
 install: $(BUILT)
 
@@ -78,7 +77,8 @@ demo: $(BUILT)
 
 # One process on all cores: the operators' own threads are part of what is measured.
 bench: $(BUILT)
-	$(PY) -m pytest -q benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds $(PYTEST_ARGS)
+	$(PY) -m pytest -q --benchmark-only --benchmark-group-by=group --benchmark-columns=median,iqr,rounds \
+	  $(PYTEST_ARGS) benchmarks
 
 lint: $(BUILT)
 	$(PY) -m ruff check .
@@ -109,10 +109,6 @@ verify-sanitize: $(BUILT)
 # The CUDA kernels, compiled as C++ for the CPU, watched in the same way.
 verify-emulation: $(BUILT)
 	$(UNDER_SANITIZERS) SOFTDIMO_EMULATION_SANITIZE=1 $(PYTEST) $(PYTEST_ARGS) tests/emulation
-
-# On all cores, in one process: these are times.
-bench: $(BUILT)
-	$(PY) -m pytest -q --benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds $(PYTEST_ARGS) benchmarks
 
 clean:
 	rm -rf build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

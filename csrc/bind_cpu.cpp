@@ -177,21 +177,22 @@ void check_shapes(const Tensor& logits, const Tensor& codebook, const OptionalTe
                   "softdimo: row_ids do not fit the logits");
 }
 
-// One temperature per row, NaN where it is not positive: that row becomes NaN.
+// A temperature the kernels can divide by: finite (an infinite one would make NaN of absent entries), and NaN where
+// it is not positive, so that the row becomes NaN.
+template <class T>
+T usable_temperature(double value) {
+  if (!(value > 0)) return std::numeric_limits<T>::quiet_NaN();
+  return static_cast<T>(std::min(value, static_cast<double>(std::numeric_limits<T>::max())));
+}
+
+// One temperature per row.
 template <class T>
 Tensor row_temperatures(const Tensor& logits, const Tensor& temperature, ScalarType compute) {
-  const Shape shape = leading_shape(logits);
-  const Tensor wide = torch::stable::contiguous(torch::stable::to(temperature, compute));
-  Tensor out = torch::stable::new_empty(logits, {product(shape)}, compute);
-  Rows rows;
-  STD_TORCH_CHECK(layout_rows(wide, shape, 0, &rows), "softdimo: temperature has too many dimensions");
-  const T* source = static_cast<const T*>(wide.const_data_ptr());
-  T* target = static_cast<T*>(out.mutable_data_ptr());
-  for (int64_t n = 0; n < out.numel(); ++n) {
-    const T value = source[rows.offset(n)];
-    target[n] = value > T(0) ? value : std::numeric_limits<T>::quiet_NaN();
-  }
-  return out;
+  Tensor rows = torch::stable::new_empty(logits, leading_shape(logits), compute);
+  torch::stable::copy_(rows, temperature);  // broadcasts, or refuses
+  T* value = static_cast<T*>(rows.mutable_data_ptr());
+  for (int64_t n = 0; n < rows.numel(); ++n) value[n] = usable_temperature<T>(value[n]);
+  return rows;
 }
 
 Prepared prepare(const Tensor& logits, const Tensor& codebook, double temperature,
@@ -215,7 +216,7 @@ Prepared prepare(const Tensor& logits, const Tensor& codebook, double temperatur
   s.codebook_stride[0] = codebook.dim() == 3 ? codebook.stride(0) : 0;
   s.codebook_stride[1] = codebook.stride(-2);
   s.codebook_stride[2] = codebook.stride(-1);
-  s.temperature = temperature;
+  s.temperature = wide ? usable_temperature<double>(temperature) : usable_temperature<float>(temperature);
   if (row_temperature.has_value()) {
     s.row_temperature = prepared.keep<void>(
         wide ? row_temperatures<double>(logits, *row_temperature, prepared.compute)
@@ -227,6 +228,7 @@ Prepared prepare(const Tensor& logits, const Tensor& codebook, double temperatur
         prepared.keep<void>(torch::stable::contiguous(torch::stable::to(*mask_embedding, prepared.compute)));
   }
   if (seed.has_value()) {
+    STD_TORCH_CHECK(seed->numel() == 2 && seed->scalar_type() == ScalarType::Long, "softdimo: seed must be int64 [2]");
     const int64_t* pair = prepared.keep<int64_t>(torch::stable::contiguous(*seed));
     s.noise = true;
     s.seed = static_cast<uint64_t>(pair[0]);
@@ -303,18 +305,25 @@ Tensor mask_embedding_gradient(const Prepared& prepared, const Tensor& grad, con
   return reduced(prepared, parts, chunks, mask_embedding);
 }
 
-// Sums over the dimensions along which the temperature was broadcast.
+// Sums over the dimensions along which the temperature was broadcast: in float64 and in row order, whatever the
+// number of threads.
+template <class T>
 Tensor temperature_gradient(const Tensor& per_row, const Tensor& logits, const Tensor& temperature) {
-  const Shape rows = leading_shape(logits);
-  const int64_t missing = static_cast<int64_t>(rows.size()) - temperature.dim();
-  Shape summed;
-  for (int64_t i = 0; i < static_cast<int64_t>(rows.size()); ++i) {
-    if (i < missing || (temperature.size(i - missing) == 1 && rows[i] != 1)) summed.push_back(i);
+  const Shape rows = leading_shape(logits), own = leading_shape(temperature, 0);
+  Tensor sums = torch::stable::new_zeros(logits, own, ScalarType::Double);
+  const T* slope = static_cast<const T*>(per_row.const_data_ptr());
+  double* sum = static_cast<double*>(sums.mutable_data_ptr());
+  for (int64_t n = 0; n < per_row.numel(); ++n) {
+    int64_t rest = n, at = 0, step = 1;
+    for (size_t i = 0; i < own.size(); ++i) {  // the innermost dimension first
+      const int64_t size = rows[rows.size() - 1 - i], mine = own[own.size() - 1 - i];
+      at += mine == 1 ? 0 : rest % size * step;
+      rest /= size;
+      step *= mine;
+    }
+    sum[at] += static_cast<double>(slope[n]);
   }
-  Tensor total = torch::stable::reshape(per_row, rows);
-  if (!summed.empty()) total = torch::stable::sum(total, summed, true);
-  total = torch::stable::reshape(total, leading_shape(temperature, 0));
-  return torch::stable::to(total, temperature.scalar_type());
+  return torch::stable::to(sums, temperature.scalar_type());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> soft_embedding_backward(
@@ -327,7 +336,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> soft_embedding_backward(
   const SoftEmbedding& s = prepared.call;
   STD_TORCH_CHECK(wanted.size() == 4 && grad.numel() == s.rows * s.width && soft.numel() == s.rows * s.width &&
                       soft.scalar_type() == prepared.compute && row_max.numel() == s.rows &&
-                      row_max.scalar_type() == prepared.compute && row_sum.numel() == s.rows,
+                      row_max.scalar_type() == prepared.compute && row_sum.numel() == s.rows &&
+                      row_sum.scalar_type() == prepared.compute,
                   "softdimo: the saved tensors do not fit the logits");
   const Tensor upstream = torch::stable::contiguous(torch::stable::to(grad, codebook.scalar_type()));
   const Tensor wide = torch::stable::contiguous(soft);
@@ -355,7 +365,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> soft_embedding_backward(
              [&](int64_t begin, int64_t end) { prepared.kernels.backward(job, begin, end); });
     parallel_rows(s.rows, [&](int64_t begin, int64_t end) { prepared.kernels.finish_rows(job, begin, end); });
     if (wanted[1]) dcodebook = reduced(prepared, parts, cut.splits, codebook);
-    if (wants_temperature) dtemperature = temperature_gradient(slopes, logits, *row_temperature);
+    if (wants_temperature) {
+      dtemperature = prepared.compute == ScalarType::Double
+                         ? temperature_gradient<double>(slopes, logits, *row_temperature)
+                         : temperature_gradient<float>(slopes, logits, *row_temperature);
+    }
   }
   if (wants_mask) dmask = mask_embedding_gradient(prepared, upstream, *mask_embedding);
   return {dlogits, dcodebook, dtemperature, dmask};

@@ -57,7 +57,7 @@ __attribute__((noinline)) void tile(int64_t depth, Matrix<const T> a, const T* b
 }
 
 template <class T, int NV, int MR = kTileRows>
-SOFTDIMO_INLINE void tile_of(int rows, int64_t depth, Matrix<const T> a, const T* b, int64_t b_row, T* c,
+SOFTDIMO_ALWAYS_INLINE void tile_of(int rows, int64_t depth, Matrix<const T> a, const T* b, int64_t b_row, T* c,
                              int64_t c_row, bool add) {
   if constexpr (MR > 1) {
     if (rows < MR) return tile_of<T, NV, MR - 1>(rows, depth, a, b, b_row, c, c_row, add);
@@ -79,11 +79,11 @@ void panel(int64_t rows, int64_t depth, Matrix<const T> a, const T* b, int64_t b
 
 // Columns of one panel, and a width rounded up to whole panels.
 template <class T>
-SOFTDIMO_INLINE int64_t panel_width(int64_t columns) {
+SOFTDIMO_ALWAYS_INLINE int64_t panel_width(int64_t columns) {
   return columns > kLanes<T> ? 2 * kLanes<T> : kLanes<T>;
 }
 template <class T>
-SOFTDIMO_INLINE int64_t padded(int64_t columns) {
+SOFTDIMO_ALWAYS_INLINE int64_t padded(int64_t columns) {
   const int64_t width = panel_width<T>(columns);
   return (columns + width - 1) / width * width;
 }

@@ -11,8 +11,6 @@
 
 #include "softdimo/dtype.h"
 
-#define SOFTDIMO_INLINE inline __attribute__((always_inline))
-
 namespace softdimo::cpu::SOFTDIMO_ISA {
 
 template <class T>
@@ -37,34 +35,37 @@ typedef int32_t IntVec __attribute__((vector_size(SOFTDIMO_SIMD_BYTES)));
 typedef uint32_t UintVec __attribute__((vector_size(SOFTDIMO_SIMD_BYTES)));
 
 template <class T>
-SOFTDIMO_INLINE Vec<T> load(const T* p) {
+SOFTDIMO_ALWAYS_INLINE Vec<T> load(const T* p) {
   return *reinterpret_cast<const typename SimdTypes<T>::Unaligned*>(p);
 }
 template <class T>
-SOFTDIMO_INLINE void store(T* p, Vec<T> v) {
+SOFTDIMO_ALWAYS_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename SimdTypes<T>::Unaligned*>(p) = v;
 }
 template <class T>
-SOFTDIMO_INLINE Vec<T> splat(T value) {
+SOFTDIMO_ALWAYS_INLINE Vec<T> splat(T value) {
   return Vec<T>{} + value;
 }
 
-// Lanes added in index order: the same result for the same lanes, always.
+// Lanes added pairwise, in an order of their own: the same result for the same lanes, always.
 template <class T>
-SOFTDIMO_INLINE T lane_sum(Vec<T> v) {
-  T sum = v[0];
-  for (int i = 1; i < kLanes<T>; ++i) sum += v[i];
-  return sum;
+SOFTDIMO_ALWAYS_INLINE T lane_sum(Vec<T> v) {
+  T part[kLanes<T>];
+  store(part, v);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) part[i] += part[i + width];
+  }
+  return part[0];
 }
 template <class T>
-SOFTDIMO_INLINE T lane_max(Vec<T> v) {
+SOFTDIMO_ALWAYS_INLINE T lane_max(Vec<T> v) {
   T best = v[0];
   for (int i = 1; i < kLanes<T>; ++i) best = v[i] > best ? v[i] : best;
   return best;
 }
 
 template <class To, class From>
-SOFTDIMO_INLINE To bits(From from) {
+SOFTDIMO_ALWAYS_INLINE To bits(From from) {
   static_assert(sizeof(To) == sizeof(From), "same size");
   To to;
   std::memcpy(&to, &from, sizeof to);
@@ -72,7 +73,7 @@ SOFTDIMO_INLINE To bits(From from) {
 }
 
 // exp(t) for t <= 0 within 1 ulp or so; 0 below the normal range, NaN for NaN.
-SOFTDIMO_INLINE Vec<float> exp_nonpositive(Vec<float> t) {
+SOFTDIMO_ALWAYS_INLINE Vec<float> exp_nonpositive(Vec<float> t) {
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const Vec<float> shifted = t * 1.44269504088896341f + kMagic;
   const Vec<float> n = shifted - kMagic;
@@ -87,14 +88,14 @@ SOFTDIMO_INLINE Vec<float> exp_nonpositive(Vec<float> t) {
   const Vec<float> scale = (Vec<float>)(((UintVec)shifted + 127u) << 23);  // 2^n; the magic bits shift out
   return t < -87.0f ? Vec<float>{} : poly * scale;
 }
-SOFTDIMO_INLINE Vec<double> exp_nonpositive(Vec<double> t) {
+SOFTDIMO_ALWAYS_INLINE Vec<double> exp_nonpositive(Vec<double> t) {
   Vec<double> out{};
   for (int i = 0; i < kLanes<double>; ++i) out[i] = ::exp(t[i]);
   return out;
 }
 
 // log(x) for normal positive x.
-SOFTDIMO_INLINE Vec<float> log_positive(Vec<float> x) {
+SOFTDIMO_ALWAYS_INLINE Vec<float> log_positive(Vec<float> x) {
   const UintVec raw = (UintVec)x;
   // Mantissa in [sqrt(1/2), sqrt(2)), exponent to match.
   const UintVec biased = raw - 0x3F3504F3u;
@@ -115,32 +116,33 @@ SOFTDIMO_INLINE Vec<float> log_positive(Vec<float> x) {
 }
 
 // Standard Gumbel noise from uniforms on (0, 1): -log(-log(1 - u)), with full precision for u near 0.
-SOFTDIMO_INLINE Vec<float> gumbel(Vec<float> u) {
+SOFTDIMO_ALWAYS_INLINE Vec<float> gumbel(Vec<float> u) {
   const Vec<float> y = 1.0f - u;
   const Vec<float> rounding = (y - 1.0f) + u;
   return -log_positive(rounding / y - log_positive(y));
 }
-SOFTDIMO_INLINE Vec<double> gumbel(Vec<double> u) {
+SOFTDIMO_ALWAYS_INLINE Vec<double> gumbel(Vec<double> u) {
   Vec<double> out{};
   for (int i = 0; i < kLanes<double>; ++i) out[i] = -::log(-::log1p(-u[i]));
   return out;
 }
 
 // 16-bit floats, one at a time; the compiler vectorises the loops around them.
-SOFTDIMO_INLINE float from_bfloat16(uint16_t h) { return bits<float>(uint32_t{h} << 16); }
-SOFTDIMO_INLINE uint16_t to_bfloat16(float f) {
+SOFTDIMO_ALWAYS_INLINE float from_bfloat16(uint16_t h) { return bits<float>(uint32_t{h} << 16); }
+SOFTDIMO_ALWAYS_INLINE uint16_t to_bfloat16(float f) {
   const uint32_t u = bits<uint32_t>(f);
   const uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
   return static_cast<uint16_t>(f == f ? rounded : 0x7FC0u);
 }
-SOFTDIMO_INLINE float from_float16(uint16_t h) {
-  const uint32_t sign = uint32_t{h & 0x8000u} << 16;
-  const uint32_t magnitude = uint32_t{h & 0x7FFFu} << 13;
-  const float scaled = bits<float>(magnitude) * 5.192296858534828e33f;  // 2^112 rebiases, subnormals too
-  const uint32_t special = bits<uint32_t>(scaled) | 0x7F800000u;         // infinity and NaN
-  return bits<float>(sign | ((h & 0x7C00u) == 0x7C00u ? special : bits<uint32_t>(scaled)));
+SOFTDIMO_ALWAYS_INLINE float from_float16(uint16_t h) {
+  const uint32_t sign = uint32_t{h & 0x8000u} << 16, magnitude = h & 0x7FFFu;
+  const uint32_t subnormal = bits<uint32_t>(static_cast<float>(magnitude) * 5.9604644775390625e-8f);  // 2^-24
+  uint32_t wide = (magnitude << 13) + 0x38000000u;
+  wide = magnitude < 0x0400u ? subnormal : wide;
+  wide = magnitude >= 0x7C00u ? (magnitude << 13) | 0x7F800000u : wide;  // infinity and NaN
+  return bits<float>(sign | wide);
 }
-SOFTDIMO_INLINE uint16_t to_float16(float f) {
+SOFTDIMO_ALWAYS_INLINE uint16_t to_float16(float f) {
   const uint32_t u = bits<uint32_t>(f), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7FFFFFFFu;
   // Normal results: rebias and round to even. Subnormal: adding 0.5 rounds at the right bit.
   const uint32_t normal = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
@@ -153,7 +155,7 @@ SOFTDIMO_INLINE uint16_t to_float16(float f) {
 
 // n elements at `source`, which starts `first` elements into a tensor of `dtype`, as T.
 template <class T>
-SOFTDIMO_INLINE void widen(const void* source, DType dtype, int64_t first, int64_t n, T* out) {
+SOFTDIMO_ALWAYS_INLINE void widen(const void* source, DType dtype, int64_t first, int64_t n, T* out) {
   switch (dtype) {
     case DType::float64: {
       const double* p = static_cast<const double*>(source) + first;
@@ -179,7 +181,7 @@ SOFTDIMO_INLINE void widen(const void* source, DType dtype, int64_t first, int64
 }
 
 template <class T>
-SOFTDIMO_INLINE void narrow(const T* in, int64_t n, void* target, DType dtype, int64_t first) {
+SOFTDIMO_ALWAYS_INLINE void narrow(const T* in, int64_t n, void* target, DType dtype, int64_t first) {
   switch (dtype) {
     case DType::float64: {
       double* p = static_cast<double*>(target) + first;

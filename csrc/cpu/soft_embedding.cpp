@@ -69,7 +69,7 @@ T row_temperature(const SoftEmbedding& s, int64_t row) {
 
 // exp((y - top) / t); y <= top.
 template <class T>
-SOFTDIMO_INLINE Vec<T> exp_below(Vec<T> y, T top, T t) {
+SOFTDIMO_ALWAYS_INLINE Vec<T> exp_below(Vec<T> y, T top, T t) {
   const Vec<T> distance = y - top;
   return exp_nonpositive(t == T(1) ? distance : distance / t);
 }
@@ -160,6 +160,7 @@ void merge_chunk(T* y, int64_t first, int64_t count, T t, Running<T>& run, T* c,
     run.top = top;
     run.top_at = first + first_equal(y, count, top);
   }
+  Vec<T> sum{};  // of this chunk alone: small entries of a long row are not lost one by one beside a large one
   for (int64_t v = 0; v < end; v += kLanes<T>) {
     Vec<T> p = load(y + v);
     if (run.top == -HUGE_VAL) {
@@ -167,9 +168,10 @@ void merge_chunk(T* y, int64_t first, int64_t count, T t, Running<T>& run, T* c,
     } else {
       p = exp_below(p, run.top, t);
     }
-    run.sum += p;
+    sum += p;
     store(y + v, p);
   }
+  run.sum += sum;
 }
 
 template <class T>

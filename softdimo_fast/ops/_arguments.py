@@ -172,17 +172,22 @@ def require_mask_embedding(
 
 def number_or_rows(
     operator: str, name: str, value: object, rows: Sequence[int], device: torch.device, *, positive: bool,
-    pattern: str = "logits.shape[:-1]",
+    dtype: torch.dtype | None = None, pattern: str = "logits.shape[:-1]",
 ) -> tuple[float, Tensor | None]:  # fmt: skip
     """Splits a setting, a number or a tensor over the rows, into ``(number, None)`` or ``(1.0, tensor)``.
 
     The tensor keeps its own (broadcastable) shape, so that its gradient is reduced inside the operator.
+    ``dtype`` is that of the computation; None leaves a number a number also under torch.compile.
     """
     if not isinstance(value, Tensor):
         if positive:
             require_positive(operator, name, value)
         else:
             require_number(operator, name, value)
+        if dtype is not None and torch.compiler.is_compiling() and value != 1:
+            # A compiled operator takes a number as a constant: one that changes from call to call, an
+            # annealed temperature, would compile anew each time. In a tensor it may change.
+            return 1.0, torch.ones((), dtype=dtype, device=device) * value  # type: ignore[operator]
         return float(value), None  # type: ignore[arg-type]
     require_floating(operator, name, value)
     require_same_device(operator, "the input", device, **{name: value})

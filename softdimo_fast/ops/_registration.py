@@ -62,10 +62,13 @@ def register_double_backward(
         sources = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
         third_derivative = torch.is_grad_enabled()
         with torch.enable_grad():
+            # Fresh aliases: where one input depends on another (the upstream gradient depends on the
+            # logits), differentiating by the inputs themselves would count that path here and again
+            # outside. For a third derivative the aliases stay linked to the outer graph.
             arguments = list(inputs)
-            if not third_derivative:
-                for i in sources:
-                    arguments[i] = inputs[i].detach().requires_grad_()
+            for i in sources:
+                alias = inputs[i].view_as(inputs[i])
+                arguments[i] = alias if third_derivative else alias.detach().requires_grad_()
             results = _as_tuple(formula(*arguments))
             pairs = [
                 (result, grad)

@@ -134,8 +134,9 @@ def _prepare(
         mask_embedding=mask_embedding,
     )  # fmt: skip
     scalar, row_temperature = check.number_or_rows(
-        NAME, "temperature", temperature, rows, device, positive=True, pattern=pattern
-    )
+        NAME, "temperature", temperature, rows, device, positive=True, pattern=pattern,
+        dtype=compute_dtype(hidden, weight, codebook, bias, mask_embedding),
+    )  # fmt: skip
     check.require_choice(NAME, "memory", memory, ("auto", "keep", "recompute"))
     check.require_choice(NAME, "precision", precision, ("default", "high"))
     call = _Call(

@@ -11,6 +11,7 @@ from softdimo_fast.ops import _arguments as check
 from softdimo_fast.ops import _backends, _random, _registration
 from softdimo_fast.ops._explain import Explanation, explains
 from softdimo_fast.ops.reference import sample_tokens as reference
+from softdimo_fast.ops.reference.common import compute_dtype
 
 NAME = "sample_tokens"
 
@@ -117,7 +118,7 @@ def _prepare(
     check.require_vocabulary(NAME, "logits", logits)
     rows, device = logits.shape[:-1], logits.device
     scalar, row_temperature = check.number_or_rows(
-        NAME, "temperature", temperature, rows, device, positive=True
+        NAME, "temperature", temperature, rows, device, positive=True, dtype=compute_dtype(logits)
     )
     check.require_truncation(NAME, top_k, top_p)
     if row_temperature is not None:

@@ -81,7 +81,8 @@ def soft_embedding(
 
     Returns:
         ``[..., D]`` (grouped ``[..., G, D]``) in the codebook's dtype, contiguous. A row that holds NaN, +inf
-        or nothing but -inf gives NaN.
+        or nothing but -inf gives NaN. Where its dtype is that of the computation (a float32 codebook),
+        backward needs it: add to it, do not change it in place.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value; the message
@@ -133,8 +134,9 @@ def _prepare(
     check.require_mask_embedding(NAME, mask, mask_embedding, codebook)
     mask_embedding = check.autocast(mask_embedding)
     scalar, row_temperature = check.number_or_rows(
-        NAME, "temperature", temperature, rows, device, positive=True
-    )
+        NAME, "temperature", temperature, rows, device, positive=True,
+        dtype=compute_dtype(logits, codebook, mask_embedding),
+    )  # fmt: skip
     check.require_choice(NAME, "precision", precision, ("default", "high"))
     check.require_truncation(NAME, top_k, top_p)
     seed_tensor = _check_noise(noise, seed, row_ids, generator, device)
@@ -286,7 +288,7 @@ def _explain(logits: Tensor, codebook: Tensor, **options: Any) -> Explanation:
     rows = logits.numel() // vocabulary
     cpp = call.choice.backend == "cpp"
     notes = []
-    if cpp and logits.stride(-1) != 1:
+    if cpp and logits.stride(-1) != 1 and vocabulary > 1:
         notes.append(f"logits have stride {logits.stride(-1)} along V: one contiguous copy is made")
     if not cpp:
         notes.append("the [N, V] probabilities are written to memory; rows are not batch-invariant")

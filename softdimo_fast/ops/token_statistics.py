@@ -11,6 +11,7 @@ from softdimo_fast.ops import _arguments as check
 from softdimo_fast.ops import _backends, _library, _registration
 from softdimo_fast.ops._explain import Explanation, explains
 from softdimo_fast.ops.reference import token_statistics as reference
+from softdimo_fast.ops.reference.common import compute_dtype
 
 NAME = "token_statistics"
 
@@ -80,7 +81,7 @@ def _prepare(
     check.require_vocabulary(NAME, "logits", logits)
     rows, device = logits.shape[:-1], logits.device
     scalar, row_temperature = check.number_or_rows(
-        NAME, "temperature", temperature, rows, device, positive=True
+        NAME, "temperature", temperature, rows, device, positive=True, dtype=compute_dtype(logits)
     )
     if row_temperature is not None:
         row_temperature = row_temperature.detach().expand(rows)

@@ -145,6 +145,21 @@ def test_nothing_depends_on_the_number_of_threads() -> None:
             assert_same_bits(mine, first)
 
 
+def test_scalar_temperature_gradient_does_not_depend_on_threads() -> None:
+    """One number from 50000 rows, summed in one order."""
+    logits, codebook = torch.randn(50000, 4), torch.randn(4, 3)
+    temperature, before, found = torch.tensor(1.3, requires_grad=True), torch.get_num_threads(), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        try:
+            value = (soft_embedding(logits, codebook, temperature=temperature) * codebook[0]).sum()
+            found.append(torch.autograd.grad(value, temperature)[0])
+        finally:
+            torch.set_num_threads(before)
+    assert_same_bits(found[1], found[0])
+    assert_same_bits(found[2], found[0])
+
+
 def test_seed_row_ids_and_offset_key_the_noise() -> None:
     logits, codebook = torch.zeros(6, 40), torch.eye(40)
     base = noisy(logits, codebook, seed=7)
@@ -378,10 +393,25 @@ def test_temperature_broadcasts_and_its_gradient_is_reduced() -> None:
             torch.testing.assert_close(gradient, expected)
 
 
-def test_frozen_temperature_that_is_not_positive_is_nan_where_it_cannot_raise() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("vocabulary", [16, 17, 33])
+def test_infinite_temperature_gives_the_mean(backend: str, vocabulary: int) -> None:
+    logits, codebook = torch.randn(2, vocabulary), torch.randn(vocabulary, 4)
+    mean = codebook.mean(0).expand(2, 4)
+    for temperature in (torch.full((2,), torch.inf), 1e39):
+        value = soft_embedding(logits, codebook, temperature=temperature, backend=backend)
+        torch.testing.assert_close(value, mean)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_temperature_that_is_not_positive_is_nan_where_it_cannot_raise(
+    backend: str, hard: bool
+) -> None:
     logits, codebook = torch.randn(3, 20), torch.randn(20, 4)
     compiled = torch.compile(
-        lambda t: soft_embedding(logits, codebook, temperature=t), fullgraph=True
+        lambda t: soft_embedding(logits, codebook, temperature=t, hard=hard, backend=backend),
+        fullgraph=True,
     )
     value = compiled(torch.tensor([1.0, -1.0, 0.0]))
     assert value.isnan().all(dim=1).tolist() == [False, True, True]

@@ -72,3 +72,24 @@ def test_bad_input_names_the_argument(
 ) -> None:
     with pytest.raises(error, match=f"soft_embedding: .*{message}|soft_embedding: {message}"):
         soft_embedding(*arguments, **options)
+
+
+def test_the_operator_itself_refuses_what_would_be_unsafe() -> None:
+    """Below the public function, where a C++ caller would arrive: no read outside a tensor."""
+    forward, backward = (
+        torch.ops.softdimo.soft_embedding,
+        torch.ops.softdimo.soft_embedding_backward,
+    )
+    logits, none = Z[0], (None,) * 4
+    with pytest.raises(RuntimeError):
+        forward(logits, E, 1.0, torch.ones(2), *none, False)
+    with pytest.raises(RuntimeError, match="seed must be int64"):
+        forward(logits, E, 1.0, None, None, None, torch.zeros(1), None, False)
+    with pytest.raises(RuntimeError, match="codebook does not fit"):
+        forward(logits, E[:9], 1.0, None, *none, False)
+    with pytest.raises(RuntimeError, match="mask does not fit"):
+        forward(logits, E, 1.0, None, M[0, :5], E[0], None, None, False)
+    value, top, total, _ = forward(logits, E, 1.0, None, *none, False)
+    for bad in ((top, total.half(), value), (top[:5], total, value), (top, total, value[:5])):
+        with pytest.raises(RuntimeError, match="saved tensors do not fit"):
+            backward(value, logits, E, 1.0, None, *none, *bad, [True] * 4)

@@ -35,6 +35,30 @@ def test_gradcheck(backend: str, grouped: bool, noise: bool) -> None:
     assert torch.autograd.gradgradcheck(case.call(backend), leaves, fast_mode=True)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_higher_derivatives_of_dependent_inputs(backend: str, tied: bool) -> None:
+    """Second and third derivatives, where backward's inputs depend on each other through the graph."""
+    table = torch.randn(5, 5, dtype=torch.double)
+
+    def derivatives(op: Any) -> list[torch.Tensor]:
+        z = torch.linspace(-1, 1, 15, dtype=torch.double).reshape(3, 5).requires_grad_()
+        codebook = table * z.sum() if tied else table
+        temperature = 1 + z[:, 0].square()
+        found = []
+        value = op(z, codebook, temperature).square().sum()
+        for _ in range(3):
+            (gradient,) = torch.autograd.grad(value, z, create_graph=True)
+            found.append(gradient.detach())
+            value = gradient.square().sum()
+        return found
+
+    ours = derivatives(lambda z, e, t: soft_embedding(z, e, temperature=t, backend=backend))
+    theirs = derivatives(lambda z, e, t: torch.softmax(z / t.unsqueeze(-1), -1) @ e)
+    for mine, true in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.6}, {"top_k": 4, "top_p": 0.8}])
 def test_gradcheck_truncated(options: dict[str, Any]) -> None:
     case = small_case(noise=True, **options)
@@ -134,6 +158,19 @@ def test_compiled_hard_half_precision(backend: str) -> None:
         logits,
         codebook,
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_changing_temperature_does_not_compile_anew(backend: str) -> None:
+    """More values than torch recompiles for; each gives the eager bits."""
+    torch._dynamo.reset()
+    logits, codebook = torch.randn(5, 300), torch.randn(300, 7)
+    annealed = torch.compile(
+        lambda z, t: soft_embedding(z, codebook, temperature=t, backend=backend), fullgraph=True
+    )
+    for temperature in torch.linspace(1.5, 0.05, 20).tolist():
+        eager = soft_embedding(logits, codebook, temperature=temperature, backend=backend)
+        assert_same_bits(annealed(logits, temperature), eager)
 
 
 def test_exports() -> None:

@@ -33,7 +33,8 @@ class Case(NamedTuple):
         """The operator as a function of :meth:`tensors`."""
 
         def run(*tensors: Tensor) -> Tensor:
-            logits, codebook, *rest = tensors
+            # Not `*rest`: the Dynamo of torch 2.11 makes that a tuple, which has no pop.
+            logits, codebook, rest = tensors[0], tensors[1], list(tensors[2:])
             options = dict(self.options)
             if self.temperature is not None:
                 options["temperature"] = rest.pop(0)

@@ -4,11 +4,15 @@
 #include <cstdint>
 #include <cstring>
 
+// Functions that are shared by files compiled for different instruction sets: never emitted, so that the linker
+// cannot hand one set's copy to another.
+#define SOFTDIMO_ALWAYS_INLINE inline __attribute__((always_inline))
+
 namespace softdimo {
 
 enum class DType : int { float64, float32, bfloat16, float16 };
 
-inline int64_t size_of(DType dtype) {
+SOFTDIMO_ALWAYS_INLINE int64_t size_of(DType dtype) {
   return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 
@@ -20,7 +24,7 @@ struct Rows {
   int64_t size[kMaxDims];
   int64_t stride[kMaxDims];
 
-  int64_t offset(int64_t row) const {
+  SOFTDIMO_ALWAYS_INLINE int64_t offset(int64_t row) const {
     int64_t sum = 0;
     for (int i = dims - 1; i > 0; --i) {
       sum += row % size[i] * stride[i];

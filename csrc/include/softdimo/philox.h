@@ -4,10 +4,12 @@
 
 #include <cstdint>
 
+#include "softdimo/dtype.h"
+
 #if defined(__CUDACC__)
 #define SOFTDIMO_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define SOFTDIMO_HOST_DEVICE inline
+#define SOFTDIMO_HOST_DEVICE SOFTDIMO_ALWAYS_INLINE
 #endif
 
 namespace softdimo {

@@ -107,6 +107,8 @@ def soft_embedding(
     )
     if hard:
         out = _hard(y, codebook)
+        if row_temperature is not None:
+            out = torch.where(row_temperature.unsqueeze(-1) > 0, out, torch.nan)
     else:
         p = _softmax(_shift(y), temperature_divisor(temperature, row_temperature, dtype))
         out = _expectation(p, codebook.to(dtype)).to(codebook.dtype)

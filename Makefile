@@ -57,11 +57,12 @@ $(ENVIRONMENT): pyproject.toml constraints.txt
 	$(PY) -m pip install -c constraints.txt "setuptools>=77" cmake ninja $(SAME_TORCH)
 	touch $@
 
-# What the build reads, by content: files that are copied or checked out may carry any date.
+# What the build reads, by content: files that are copied or checked out may carry any date. The interpreter too: the
+# libraries lie in this folder, built for the torch of one environment at a time.
 FINGERPRINT := build/fingerprint
 $(FINGERPRINT): FORCE
 	@mkdir -p build
-	@{ echo "$(SOFTDIMO_CMAKE_ARGS)"; find csrc cmake CMakeLists.txt setup.py pyproject.toml -type f \
+	@{ echo "$(PY) $(SOFTDIMO_CMAKE_ARGS)"; find csrc cmake CMakeLists.txt setup.py pyproject.toml -type f \
 	  | LC_ALL=C sort | xargs sha256sum; } > $@.new
 	@cmp -s $@.new $@ || cp $@.new $@
 

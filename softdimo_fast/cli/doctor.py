@@ -33,6 +33,7 @@ VARIABLES = {
     "SOFTDIMO_CMAKE_ARGS": "extra CMake arguments, read when the package is built",
     "SOFTDIMO_EMULATION_SANITIZE": "1 builds the emulated CUDA kernels with sanitizers, read by the tests",
     "SOFTDIMO_HYPOTHESIS": "the hypothesis profile, read by the tests",
+    "SOFTDIMO_REQUIRE_BROWSER": "1 makes the tests fail where they find no browser, instead of skipping",
 }
 
 
@@ -61,7 +62,7 @@ OPTIONAL = (
     Package("triton>=3.6", "triton", "backend='triton'"),
     Package("matplotlib>=3.8", "matplotlib", "figures in reports"),
     Package("scikit-learn>=1.5", "sklearn", "the digits data set of the demo"),
-    Package("pillow>=10", "PIL", "reading and writing images"),
+    Package("pillow>=10.1", "PIL", "reading and writing images"),
     Package("torchmetrics>=1.4", "torchmetrics", "image metrics"),
     Package("torch-fidelity>=0.3", "torch_fidelity", "FID and its relatives"),
     Package("scipy>=1.11", "scipy", "matrix square roots in metrics"),

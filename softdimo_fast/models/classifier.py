@@ -11,8 +11,6 @@ from dataclasses import dataclass, fields
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softdimo_fast.models.build import seeded
-
 
 @dataclass(frozen=True, kw_only=True)
 class _ImageClassifierConfig:
@@ -102,21 +100,19 @@ class ConvClassifier(_ImageClassifier):
     Features before the activation, because a Gaussian fits them better than rectified ones.
     """
 
-    def __init__(self, config: ConvClassifierConfig, *, seed: int) -> None:
-        """``seed`` alone decides the initial weights."""
+    def __init__(self, config: ConvClassifierConfig) -> None:
         c, w = config, config.width
-        with seeded(seed):
-            body = nn.Sequential(
-                nn.Conv2d(c.channels, w, 3, padding=1),
-                nn.GELU(),
-                nn.Conv2d(w, 2 * w, 3, stride=2, padding=1),
-                nn.GELU(),
-                nn.Conv2d(2 * w, 2 * w, 3, padding=1),
-                nn.GELU(),
-                nn.Flatten(),
-                nn.Linear(2 * w * (c.image_size // 2) ** 2, c.feature_dim),
-            )
-            head = nn.Linear(c.feature_dim, c.num_classes)
+        body = nn.Sequential(
+            nn.Conv2d(c.channels, w, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(w, 2 * w, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(2 * w, 2 * w, 3, padding=1),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(2 * w * (c.image_size // 2) ** 2, c.feature_dim),
+        )
+        head = nn.Linear(c.feature_dim, c.num_classes)
         super().__init__(c, body, head)
         self.config = config
 
@@ -124,16 +120,14 @@ class ConvClassifier(_ImageClassifier):
 class MlpClassifier(_ImageClassifier):
     """The reward's classifier: a perceptron with two hidden layers on the pixels."""
 
-    def __init__(self, config: MlpClassifierConfig, *, seed: int) -> None:
-        """``seed`` alone decides the initial weights."""
+    def __init__(self, config: MlpClassifierConfig) -> None:
         c = config
-        with seeded(seed):
-            body = nn.Sequential(
-                nn.Flatten(),
-                nn.Linear(c.channels * c.image_size**2, c.width),
-                nn.GELU(),
-                nn.Linear(c.width, c.width),
-            )
-            head = nn.Linear(c.width, c.num_classes)
+        body = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(c.channels * c.image_size**2, c.width),
+            nn.GELU(),
+            nn.Linear(c.width, c.width),
+        )
+        head = nn.Linear(c.width, c.num_classes)
         super().__init__(c, body, head)
         self.config = config

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from importlib import resources
 from pathlib import Path
 
+from softdimo_fast._files import write_atomically
 from softdimo_fast.report import _html, _sections
 from softdimo_fast.report.contents import PictureRow, ReportData, SearchPairs
 
@@ -35,19 +35,8 @@ def write_report(folder: Path, data: ReportData) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"write_report: folder must be an existing folder, got {folder}")
-    text = render(data)
     path = folder / NAME
-    unfinished = folder / f".{NAME}.{os.getpid()}.tmp"
-    try:
-        with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            # On the disk before it gets its name: a crash leaves the old page or the new one.
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise
+    write_atomically(path, render(data).encode("utf-8"))
     return path
 
 

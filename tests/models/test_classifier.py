@@ -18,14 +18,15 @@ from softdimo_fast.models.classifier import (
     MlpClassifier,
     MlpClassifierConfig,
 )
+from softdimo_fast.models.registry import create
 
 Classifier = ConvClassifier | MlpClassifier
 
 
 def build(name: str, seed: int = 0) -> Classifier:
     if name == "conv":
-        return ConvClassifier(ConvClassifierConfig(), seed=seed)
-    return MlpClassifier(MlpClassifierConfig(), seed=seed)
+        return create(ConvClassifierConfig(), seed=seed)  # type: ignore[no-any-return]
+    return create(MlpClassifierConfig(), seed=seed)  # type: ignore[no-any-return]
 
 
 def assert_same_weights(first: nn.Module, second: nn.Module) -> None:
@@ -66,13 +67,10 @@ def test_training_mode_draws_nothing(name: str) -> None:
 def test_other_shapes() -> None:
     conv = ConvClassifier(
         ConvClassifierConfig(image_size=16, channels=3, num_classes=4, width=8, feature_dim=5),
-        seed=0,
     )
     assert conv.features(torch.randn(2, 3, 16, 16)).shape == (2, 5)
     assert conv(torch.randn(2, 3, 16, 16)).shape == (2, 4)
-    mlp = MlpClassifier(
-        MlpClassifierConfig(image_size=5, channels=2, num_classes=3, width=6), seed=0
-    )
+    mlp = MlpClassifier(MlpClassifierConfig(image_size=5, channels=2, num_classes=3, width=6))
     assert mlp(torch.randn(2, 2, 5, 5)).shape == (2, 3)
     assert mlp.features(torch.randn(0, 2, 5, 5)).shape == (0, 6)
 

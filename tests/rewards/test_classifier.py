@@ -85,7 +85,7 @@ def test_the_classifier_is_frozen_and_images_get_gradients() -> None:
 
 
 def test_climbing_the_reward_raises_the_probability() -> None:
-    reward = ClassifierReward(MlpClassifier(MlpClassifierConfig(), seed=0), PARITY)
+    reward = ClassifierReward(MlpClassifier(MlpClassifierConfig()), PARITY)
     images, condition = torch.zeros(8, 1, 8, 8, requires_grad=True), torch.arange(8) % 2
     before = reward(images, condition)
     (gradient,) = torch.autograd.grad(before.sum(), images)

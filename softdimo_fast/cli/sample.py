@@ -1,0 +1,104 @@
+"""``softdimo sample``: images from a trained run, as one picture and as tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from softdimo_fast import _config
+from softdimo_fast.cli.errors import UsageError
+
+
+def run(
+    run_folder: tyro.conf.Positional[Path],
+    out: Path = Path("samples.png"),
+    count: int = 64,
+    condition: int | None = None,
+    seed: int = 0,
+    decode: Literal["sample", "argmax", "soft"] = "sample",
+    steps: int | None = None,
+    temperature: float | None = None,
+    set: tuple[str, ...] = (),  # the option's name, and nothing here needs the builtin
+) -> int:
+    """Samples a trained generator in one step, or a teacher in several.
+
+    Args:
+        run_folder: of a finished distillation, adversarial or reward run, or of a teacher.
+        out: a .png, or a .safetensors with the images [count, channels, height, width] in [-1, 1].
+        count: how many images.
+        condition: the class of all images; all classes in turn if not given.
+        seed: of the images: the same seed gives the same images.
+        decode: a generator's tokens sampled, the likeliest ones, or the soft embedding.
+        steps: of a teacher's sampler.
+        temperature: of the tokens' softmax; the recipe's if not given.
+        set: further settings of the sampler, as initial_ratio=0.7 or confidence_temperature=2.
+    """
+    from softdimo_fast._files import write_atomically
+
+    _config.require_range("softdimo sample", "count", count, minimum=1)
+    encode = _encoder(out)
+    changes = list(set)
+    changes += [f"temperature={temperature}"] if temperature is not None else []
+    images = _images(run_folder, count, condition, seed, decode, steps, changes)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, encode(images))
+    print(f"{count} images in {out}")
+    return 0
+
+
+def _encoder(out: Path) -> Any:
+    """How images become the file's bytes; refuses other endings before any work."""
+    if out.suffix == ".png":
+        from softdimo_fast.report.grid import image_grid, png_bytes
+
+        return lambda images: png_bytes(image_grid(images, columns=16, scale=4))
+    if out.suffix == ".safetensors":
+        from safetensors.torch import save
+
+        return lambda images: save({"images": images.contiguous()})
+    raise UsageError(f"--out must end in .png or .safetensors, got {out}")
+
+
+def _images(
+    folder: Path, count: int, condition: int | None, seed: int, decode: Any, steps: int | None,
+    changes: list[str],
+) -> Any:  # fmt: skip
+    import torch
+
+    from softdimo_fast.diffusion import Draws, confidence_sample, one_step_sample
+    from softdimo_fast.recipes.build import finished_run, trained_role
+    from softdimo_fast.recipes.runs import GeneratorRun, TeacherRun
+
+    settings = finished_run(folder)
+    if not isinstance(settings, GeneratorRun | TeacherRun):
+        raise UsageError(f"{folder} holds a {type(settings).__name__}, which makes no images")
+    tokenizer = trained_role(folder.parent / settings.tokenizer, "tokenizer")
+    draws = Draws.of(seed, 0, count).fork("sample")
+    if isinstance(settings, TeacherRun):
+        if steps is not None:
+            changes = [*changes, f"steps={steps}"]
+        model = trained_role(folder, "teacher")
+        sampler = _config.override(settings.sampler, changes)
+        classes = _classes(model, count, condition)
+        with torch.no_grad():
+            return tokenizer.decode(confidence_sample(model, classes, draws, sampler))
+    if steps not in (None, 1):
+        raise UsageError(
+            f"--steps is a teacher's: the generator in {folder} makes one, got {steps}"
+        )
+    model = trained_role(folder, "student")
+    one_step = _config.override(settings.generator.one_step, changes)
+    classes = _classes(model, count, condition)
+    return one_step_sample(model, tokenizer, classes, draws, one_step, decode=decode)
+
+
+def _classes(model: Any, count: int, condition: int | None) -> Any:
+    import torch
+
+    classes = model.config.conditions
+    if condition is None:
+        return torch.arange(count) % classes
+    _config.require_range("softdimo sample", "condition", condition, minimum=0, maximum=classes - 1)
+    return torch.full((count,), condition)

@@ -1,0 +1,42 @@
+"""Masked diffusion: random numbers, mask schedules, generator inputs, guidance, samplers."""
+
+from softdimo_fast.diffusion.draws import Draws
+from softdimo_fast.diffusion.guidance import (
+    GuidedLogits,
+    branch_logits,
+    guidance_from_weight,
+    guided_logits,
+)
+from softdimo_fast.diffusion.initial import initial_embeddings, initial_tokens, perturb
+from softdimo_fast.diffusion.masking import MASK_SCHEDULES, mask_ratio, masked_count, random_mask
+from softdimo_fast.diffusion.samplers import (
+    ConfidenceSamplerConfig,
+    OneStepConfig,
+    confidence_sample,
+    decode_logits,
+    draw_tokens,
+    one_step_logits,
+    one_step_sample,
+)
+
+__all__ = [
+    "MASK_SCHEDULES",
+    "ConfidenceSamplerConfig",
+    "Draws",
+    "GuidedLogits",
+    "OneStepConfig",
+    "branch_logits",
+    "confidence_sample",
+    "decode_logits",
+    "draw_tokens",
+    "guidance_from_weight",
+    "guided_logits",
+    "initial_embeddings",
+    "initial_tokens",
+    "mask_ratio",
+    "masked_count",
+    "one_step_logits",
+    "one_step_sample",
+    "perturb",
+    "random_mask",
+]

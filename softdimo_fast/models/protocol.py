@@ -1,0 +1,144 @@
+"""What a masked-diffusion transformer and a tokenizer are to the rest of the package."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from softdimo_fast.ops import soft_embedding
+
+
+class MaskedDiffusionModel(nn.Module, ABC):
+    """A transformer that predicts the tokens at the [MASK] positions of a token grid.
+
+    Tokens are int64 ``[B, *token_shape]``: ``(L,)``, or ``(L, G)`` where a position holds G tokens of one
+    vocabulary each (MaskBit's splits). Logits are ``[B, *token_shape, V]``.
+
+    Attributes:
+        vocabulary: V, the codes that can be predicted; [MASK] is not one of them.
+        mask_id: the token of a [MASK] position.
+        token_shape: of one sample.
+    """
+
+    vocabulary: int
+    mask_id: int
+    token_shape: tuple[int, ...]
+
+    @abstractmethod
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The input embeddings ``[B, L, D]`` of tokens, codes and [MASK]; without positions."""
+
+    @property
+    @abstractmethod
+    def token_table(self) -> Tensor:
+        """The matrix of the soft embeddings: ``[V, D]``, or ``[G, V, D / G]`` for grouped tokens."""
+
+    @property
+    @abstractmethod
+    def mask_embedding(self) -> Tensor:
+        """What a [MASK] position contributes: ``[D]``, or ``[G, D / G]``."""
+
+    @abstractmethod
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the input embedding, which distillation keeps frozen."""
+
+    @abstractmethod
+    def unconditional(self, condition: Tensor) -> Tensor:
+        """The condition of the unconditional branch of guidance, shaped as ``condition``."""
+
+    @abstractmethod
+    def forward(self, embeddings: Tensor, condition: Tensor) -> Tensor:
+        """Hidden states ``[B, L, H]`` of the token positions."""
+
+    @abstractmethod
+    def features(
+        self, embeddings: Tensor, condition: Tensor, layers: tuple[int, ...]
+    ) -> list[Tensor]:
+        """The outputs ``[B, T, H]`` of the named layers, for discriminator heads; T counts every position."""
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """The number of layers that :meth:`features` can name."""
+
+    @abstractmethod
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """What the head multiplies: ``logits = head_input(hidden) @ head_weight.T + head_bias``."""
+
+    @property
+    @abstractmethod
+    def head_weight(self) -> Tensor:
+        """``[V, H]``, or ``[G, V, H]`` for grouped tokens."""
+
+    @property
+    @abstractmethod
+    def head_bias(self) -> Tensor | None:
+        """Broadcasts to the logits, or None."""
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits ``[B, *token_shape, V]`` of hidden states."""
+        weight, bias = self.head_weight, self.head_bias
+        logits = F.linear(self.head_input(hidden), weight.flatten(0, -2))
+        if weight.dim() == 3:
+            logits = logits.unflatten(-1, weight.shape[:2])
+        return logits if bias is None else logits + bias
+
+    def logits(self, embeddings: Tensor, condition: Tensor) -> Tensor:
+        """Embeddings to logits in one call."""
+        return self.head(self(embeddings, condition))
+
+    def soft_embed(self, logits: Tensor, *, mask: Tensor | None = None, **options: Any) -> Tensor:
+        """The expected input embedding ``[B, L, D]`` under softmax(logits); True in ``mask`` is [MASK].
+
+        ``options`` go to :func:`softdimo_fast.soft_embedding`. One-hot logits give what :meth:`embed`
+        gives (Soft-Di[M]O, arXiv 2509.22925).
+        """
+        if mask is not None:
+            options |= {"mask": mask, "mask_embedding": self.mask_embedding}
+        table = self.token_table
+        soft = soft_embedding(logits, table, **options)
+        return soft.flatten(-2) if table.dim() == 3 else soft
+
+    def masked_tokens(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """``tokens`` with [MASK] where ``mask`` is True."""
+        return torch.where(mask, self.mask_id, tokens)
+
+
+class Tokenizer(nn.Module, ABC):
+    """Images to tokens and back.
+
+    Attributes:
+        token_shape: of one image.
+    """
+
+    token_shape: tuple[int, ...]
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """int64 tokens ``[B, *token_shape]`` of images ``[B, C, height, width]``."""
+
+    @property
+    @abstractmethod
+    def codebook(self) -> Tensor:
+        """``[V, D]``, or ``[G, V, D / G]``: what soft embeddings for :meth:`decode_codes` multiply."""
+
+    @abstractmethod
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """Images in [-1, 1] of code vectors ``[B, L, D]``, hard or expected; differentiable."""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images in [-1, 1] of tokens."""
+
+    def decode_soft(self, logits: Tensor, **options: Any) -> Tensor:
+        """Images of the expected code vectors under softmax(logits), differentiable.
+
+        Columns of the logits beyond the codebook (a [MASK] column) are left out.
+        """
+        codebook = self.codebook
+        soft = soft_embedding(logits[..., : codebook.shape[-2]], codebook, **options)
+        return self.decode_codes(soft.flatten(-2) if codebook.dim() == 3 else soft)

@@ -1,0 +1,35 @@
+"""Recipes: functions that return a full, typed, frozen run config for a method, a teacher and a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from softdimo_fast import _config
+from softdimo_fast.recipes import digits
+
+# Recipe -> method -> function of the seed.
+RECIPES: Mapping[str, Mapping[str, Callable[[int], Any]]] = {
+    "digits": {
+        "judge": digits.judge,
+        "reward_classifier": digits.reward_classifier,
+        "tokenizer": digits.tokenizer,
+        "teacher": digits.teacher,
+        "distillation": digits.distillation,
+        "control": digits.control,
+        "adversarial": digits.adversarial,
+        "reward": digits.reward,
+        "tteo": digits.tteo,
+    }
+}
+
+
+def recipe(name: str, method: str, *, seed: int = 0) -> Any:
+    """The run config of a recipe's method.
+
+    Raises:
+        ConfigError: there is no such recipe or method; the nearest is named.
+    """
+    _config.require_choice("softdimo", "recipe", name, tuple(RECIPES))
+    _config.require_choice("softdimo", "method", method, tuple(RECIPES[name]))
+    return RECIPES[name][method](seed)

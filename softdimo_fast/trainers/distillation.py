@@ -1,0 +1,226 @@
+"""Di[M]O: on-policy token-level distribution matching (arXiv 2503.15457)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from softdimo_fast import _config
+from softdimo_fast.diffusion import GuidedLogits, branch_logits
+from softdimo_fast.diffusion.masking import MaskSchedule
+from softdimo_fast.models.protocol import MaskedDiffusionModel
+from softdimo_fast.ops import (
+    distribution_matching_loss,
+    masked_cross_entropy,
+    token_divergence,
+)
+from softdimo_fast.trainers.method import Loss, Phase
+from softdimo_fast.trainers.objective import Objective, Rollout, frozen
+from softdimo_fast.trainers.optimization import OptimizerConfig
+from softdimo_fast.trainers.teacher import draw_mask, draw_masked_count
+
+AUXILIARY = "auxiliary"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """Options of :class:`DistributionMatching`; the defaults are the public code's.
+
+    Attributes:
+        weight: of this term.
+        divergence, beta: D(teacher || auxiliary); ``"jeffreys"`` is (1 - beta) forward + beta reverse KL.
+        guidance_scale: s of the teacher's u + s (c - u).
+        adaptive_guidance: s becomes 1 + (s - 1) x the sample's share of [MASK] positions.
+        teacher_temperature, auxiliary_temperature: of the two softmaxes in the divergence.
+        normalization: ``"masked"`` divides by the sample's [MASK] positions (the paper's formula),
+            ``"batch"`` by the batch alone (the public code), ``"sum"`` by nothing.
+        mask_schedule: of re-masking the generator's tokens, for both networks.
+        weighting: w(t) as a power of the sample's mask ratio: 0 is the public code's constant.
+        path: what the networks see at the positions that are not masked: ``"hard"`` tokens (the paper),
+            ``"soft"`` embeddings, or ``"soft_gradient"``, soft embeddings through which the divergence is
+            differentiated too, weighted by ``soft_gradient_weight``.
+        auxiliary_steps: auxiliary updates for one generator update.
+        auxiliary_label_smoothing: of its cross-entropy on the generator's tokens.
+        auxiliary_soft_weight: of KL(generator || auxiliary) beside that cross-entropy.
+        auxiliary_condition_drop: the share of samples without condition in its training.
+    """
+
+    weight: float = 1.0
+    divergence: Literal["forward_kl", "reverse_kl", "jeffreys"] = "forward_kl"
+    beta: float | None = None
+    guidance_scale: float = 1.0
+    adaptive_guidance: bool = False
+    teacher_temperature: float = 1.0
+    auxiliary_temperature: float = 1.0
+    normalization: Literal["masked", "batch", "sum"] = "masked"
+    mask_schedule: MaskSchedule = "arccos"
+    weighting: float = 0.0
+    path: Literal["hard", "soft", "soft_gradient"] = "hard"
+    soft_gradient_weight: float = 0.0
+    auxiliary_steps: int = 1
+    auxiliary_label_smoothing: float = 0.1
+    auxiliary_soft_weight: float = 0.0
+    auxiliary_condition_drop: float = 0.0
+    auxiliary_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        _config.require_types(self)
+        _config.require(
+            (self.beta is not None) == (self.divergence == "jeffreys"), self, "beta", self.beta,
+            "a number with divergence='jeffreys', and None otherwise",
+        )  # fmt: skip
+        _config.require(
+            (self.soft_gradient_weight != 0) == (self.path == "soft_gradient"), self,
+            "soft_gradient_weight", self.soft_gradient_weight,
+            "non-zero with path='soft_gradient', and 0 otherwise",
+        )  # fmt: skip
+        for name in ("teacher_temperature", "auxiliary_temperature"):
+            _config.require_range(self, name, getattr(self, name), above=0)
+        _config.require_range(
+            self, "auxiliary_label_smoothing", self.auxiliary_label_smoothing, minimum=0, below=1
+        )
+        _config.require_range(
+            self, "auxiliary_condition_drop", self.auxiliary_condition_drop, minimum=0, maximum=1
+        )
+        _config.require_range(self, "auxiliary_soft_weight", self.auxiliary_soft_weight, minimum=0)
+        _config.require_range(self, "auxiliary_steps", self.auxiliary_steps, minimum=1)
+
+
+class DistributionMatching(Objective):
+    """The divergence between the frozen teacher and an auxiliary that follows the generator's output."""
+
+    def __init__(
+        self,
+        teacher: MaskedDiffusionModel,
+        auxiliary: MaskedDiffusionModel,
+        config: DistillationConfig,
+    ) -> None:
+        if auxiliary is teacher:
+            raise ValueError("DistributionMatching: auxiliary must be another module than teacher")
+        # Dropout, in the teacher's targets above all, is a known defect of the public code.
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.auxiliary = auxiliary.eval().requires_grad_(True)
+        self.config = config
+
+    @property
+    def roles(self) -> Mapping[str, MaskedDiffusionModel]:
+        return {AUXILIARY: self.auxiliary}
+
+    @property
+    def optimizers(self) -> Mapping[str, OptimizerConfig]:
+        return {AUXILIARY: self.config.auxiliary_optimizer}
+
+    def phases(self, step: int) -> Sequence[Phase]:
+        return [Phase(AUXILIARY, index) for index in range(self.config.auxiliary_steps)]
+
+    # -----------------------------------------------------------------------------------------------
+    # the generator's term
+
+    def student_loss(self, rollout: Rollout) -> Loss:
+        config = self.config
+        mask = self._mask(rollout, "matching")
+        differentiated = config.path == "soft_gradient"
+        logits = rollout.logits if differentiated else rollout.logits.detach()
+        with frozen(self.auxiliary), torch.set_grad_enabled(differentiated):
+            teacher = branch_logits(
+                self.teacher, self._input(self.teacher, rollout, logits, mask), rollout.condition,
+                guided=config.guidance_scale != 1,
+            )  # fmt: skip
+            auxiliary = self.auxiliary.logits(
+                self._input(self.auxiliary, rollout, logits, mask), rollout.condition
+            )
+        scale, weight = self._scale(mask), self._weight(mask)
+        matching = distribution_matching_loss(
+            rollout.logits, teacher.conditional.detach(), auxiliary.detach(), mask,
+            kind=config.divergence, beta=config.beta,
+            teacher_uncond_logits=None if teacher.unconditional is None else teacher.unconditional.detach(),
+            guidance_scale=scale, teacher_temperature=config.teacher_temperature,
+            auxiliary_temperature=config.auxiliary_temperature, weight=weight,
+            normalization=config.normalization,
+        )  # fmt: skip
+        if config.normalization != "sum":
+            matching = matching * rollout.share
+        value = config.weight * matching
+        metrics = {"distillation/divergence": matching.detach()}
+        if differentiated:
+            through = self._through_inputs(teacher, auxiliary, mask, scale, weight) * rollout.share
+            value = value + config.soft_gradient_weight * through
+            metrics["distillation/soft_divergence"] = through.detach()
+        return Loss(value, metrics)
+
+    def _through_inputs(
+        self, teacher: GuidedLogits, auxiliary: Tensor, mask: Tensor, scale: float | Tensor,
+        weight: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The divergence as a function of the networks' soft inputs: mean over samples of the row mean."""
+        config = self.config
+        rows = token_divergence(
+            teacher.conditional, auxiliary, kind=config.divergence, beta=config.beta,
+            teacher_uncond_logits=teacher.unconditional, guidance_scale=scale,
+            teacher_temperature=config.teacher_temperature,
+            model_temperature=config.auxiliary_temperature, mask=mask, weight=weight,
+            reduction="none",
+        )  # fmt: skip
+        return (rows.flatten(1).sum(1) / mask.flatten(1).sum(1)).mean()
+
+    def _input(
+        self, model: MaskedDiffusionModel, rollout: Rollout, logits: Tensor, mask: Tensor
+    ) -> Tensor:
+        if self.config.path == "hard":
+            return model.embed(model.masked_tokens(rollout.tokens, mask))
+        return model.soft_embed(logits, mask=mask)
+
+    def _mask(self, rollout: Rollout, stream: str) -> Tensor:
+        return draw_mask(rollout.draws, stream, self.config.mask_schedule, self.teacher.token_shape)
+
+    def _scale(self, mask: Tensor) -> float | Tensor:
+        if not self.config.adaptive_guidance or self.config.guidance_scale == 1:
+            return self.config.guidance_scale
+        return _per_row(1 + (self.config.guidance_scale - 1) * _mask_share(mask), mask)
+
+    def _weight(self, mask: Tensor) -> Tensor | None:
+        if self.config.weighting == 0:
+            return None
+        return _per_row(_mask_share(mask) ** self.config.weighting, mask)
+
+    # -----------------------------------------------------------------------------------------------
+    # the auxiliary
+
+    def role_loss(self, phase: Phase, rollout: Rollout) -> Loss:
+        config, model = self.config, self.auxiliary
+        stream = f"auxiliary/{phase.repeat}"
+        mask = self._mask(rollout, stream)
+        condition = rollout.condition
+        if config.auxiliary_condition_drop:
+            dropped = (
+                rollout.draws.uniform(f"{stream}/drop", 1)[:, 0] < config.auxiliary_condition_drop
+            )
+            condition = torch.where(dropped, model.unconditional(condition), condition)
+        logits = model.logits(self._input(model, rollout, rollout.logits, mask), condition)
+        total = masked_cross_entropy(
+            logits, rollout.tokens, mask, label_smoothing=config.auxiliary_label_smoothing,
+            reduction="sum",
+        )  # fmt: skip
+        if config.auxiliary_soft_weight:
+            total = total + config.auxiliary_soft_weight * token_divergence(
+                rollout.logits, logits, mask=mask, reduction="sum"
+            )
+        counted = draw_masked_count(
+            rollout.global_draws, stream, config.mask_schedule, mask[0].numel()
+        ).sum()
+        loss = total / counted
+        return Loss(loss, {"auxiliary/loss": loss.detach() / config.auxiliary_steps})
+
+
+def _mask_share(mask: Tensor) -> Tensor:
+    """``[B]``: the share of True in each sample."""
+    return mask.flatten(1).float().mean(1)
+
+
+def _per_row(values: Tensor, mask: Tensor) -> Tensor:
+    """``[B]`` over the rows of ``mask``."""
+    return values.view(-1, *[1] * (mask.dim() - 1)).expand(mask.shape)

@@ -1,0 +1,94 @@
+"""Training a masked-diffusion teacher: cross-entropy at the [MASK] positions.
+
+Sources: MaskGIT (arXiv 2202.04200); classifier-free guidance (arXiv 2207.12598) for the dropped labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from softdimo_fast import _config
+from softdimo_fast.diffusion import Draws, mask_ratio, masked_count, random_mask
+from softdimo_fast.diffusion.masking import MaskSchedule
+from softdimo_fast.models.protocol import MaskedDiffusionModel
+from softdimo_fast.ops import masked_cross_entropy
+from softdimo_fast.trainers.method import Loss, Method, MicroBatch, Phase
+from softdimo_fast.trainers.optimization import OptimizerConfig
+
+# Tokens and conditions of a micro-batch's samples.
+TokenSource = Callable[[Draws], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """Options of :class:`TeacherMethod`.
+
+    Attributes:
+        condition_drop: the share of samples that train the unconditional branch.
+    """
+
+    mask_schedule: MaskSchedule = "arccos"
+    condition_drop: float = 0.1
+    label_smoothing: float = 0.0
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        _config.require_types(self)
+        _config.require_range(self, "condition_drop", self.condition_drop, minimum=0, maximum=1)
+        _config.require_range(self, "label_smoothing", self.label_smoothing, minimum=0, below=1)
+
+
+def draw_mask(
+    draws: Draws, stream: str, schedule: MaskSchedule, token_shape: tuple[int, ...]
+) -> Tensor:
+    """bool ``[B, *token_shape]`` of the forward process, from streams under ``stream``."""
+    positions = torch.Size(token_shape).numel()
+    count = draw_masked_count(draws, stream, schedule, positions)
+    return random_mask(count, draws.uniform(f"{stream}/positions", *token_shape))
+
+
+def draw_masked_count(draws: Draws, stream: str, schedule: MaskSchedule, positions: int) -> Tensor:
+    """int64 ``[B]``: how many positions :func:`draw_mask` masks, without saying which."""
+    r = draws.uniform(f"{stream}/ratio", 1)[:, 0]
+    return masked_count(mask_ratio(schedule, r), positions)
+
+
+class TeacherMethod(Method):
+    """Role ``teacher``."""
+
+    def __init__(
+        self, teacher: MaskedDiffusionModel, tokens: TokenSource, config: TeacherConfig
+    ) -> None:
+        self.teacher, self.tokens, self.config = teacher, tokens, config
+
+    @property
+    def roles(self) -> Mapping[str, MaskedDiffusionModel]:
+        return {"teacher": self.teacher}
+
+    @property
+    def optimizers(self) -> Mapping[str, OptimizerConfig]:
+        return {"teacher": self.config.optimizer}
+
+    def phases(self, step: int) -> Sequence[Phase]:
+        return (Phase("teacher"),)
+
+    def loss(self, phase: Phase, batch: MicroBatch) -> Loss:
+        config, model = self.config, self.teacher
+        tokens, condition = self.tokens(batch.draws)
+        dropped = batch.draws.uniform("teacher/drop", 1)[:, 0] < config.condition_drop
+        condition = torch.where(dropped, model.unconditional(condition), condition)
+        mask = draw_mask(batch.draws, "teacher", config.mask_schedule, model.token_shape)
+        logits = model.logits(model.embed(model.masked_tokens(tokens, mask)), condition)
+        total = masked_cross_entropy(
+            logits, tokens, mask, label_smoothing=config.label_smoothing, reduction="sum"
+        )
+        # Over the masked positions of the whole step: micro-batches then add up to it exactly.
+        counted = draw_masked_count(
+            batch.global_draws, "teacher", config.mask_schedule, tokens[0].numel()
+        ).sum()
+        loss = total / counted
+        return Loss(loss, {"cross_entropy": loss.detach()})

@@ -1,8 +1,8 @@
 # make install    a virtual environment in .venv with torch and this package, built from this checkout
-# make demo       pictures fitted through soft tokens, in a few seconds
+# make demo       Soft-Di[M]O on real digits, tokenizer to TTEO, in minutes; goes on where it was stopped
 # make test       the CPU test suite with its coverage bound (builds what has changed first)
 # make lint       ruff and mypy
-# make verify     the same kernels again: sanitizers, every older instruction set, the demo
+# make verify     the demo from nothing, and the kernels again: sanitizers, every older instruction set
 # make bench      our kernels beside what they replace, timed (pytest-benchmark)
 # make clean      removes what was built, but not .venv
 #
@@ -13,6 +13,7 @@
 #           must already have torch, setuptools >= 77, cmake, ninja and the `dev` packages of pyproject.toml
 #   JOBS    processes for compiling and testing (all cores)
 #   PYTEST_ARGS  further arguments for pytest
+#   DEMO    the demo's folder (runs/demo); DEMO_ARGS are further arguments of `softdimo demo`
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,6 +21,8 @@ TORCH ?= torch==2.13.0
 EXTRAS ?= dev,demo,report,bench
 JOBS ?= $(shell nproc)
 PYTEST_ARGS ?=
+DEMO ?= runs/demo
+DEMO_ARGS ?=
 
 export MAX_JOBS := $(JOBS)
 
@@ -44,7 +47,7 @@ workers = $(if $(call has,xdist),-n $(JOBS))
 coverage = $(if $(call has,pytest_cov),--cov=softdimo_fast --cov-fail-under=90)
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest $(workers) -q
 
-.PHONY: install demo test bench lint verify verify-isa verify-sanitize verify-emulation clean FORCE
+.PHONY: install demo test bench lint verify verify-demo verify-isa verify-sanitize verify-emulation clean FORCE
 
 install: $(BUILT)
 
@@ -74,7 +77,7 @@ test: $(BUILT)
 	$(PYTEST) $(coverage) $(PYTEST_ARGS) tests
 
 demo: $(BUILT)
-	$(PY) examples/soft_tokens.py
+	$(PY) softdimo_command.py demo --out $(DEMO) $(if $(wildcard $(DEMO)/tokenizer),--resume) $(DEMO_ARGS)
 
 # One process on all cores: the operators' own threads are part of what is measured.
 bench: $(BUILT)
@@ -86,7 +89,13 @@ lint: $(BUILT)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-verify: demo verify-isa verify-sanitize verify-emulation
+verify: verify-demo verify-isa verify-sanitize verify-emulation
+
+# All of it, from nothing: a bar that is missed is an error.
+verify-demo: $(BUILT)
+	rm -rf build/demo
+	$(PY) softdimo_command.py demo --out build/demo
+	$(PY) examples/soft_tokens.py
 
 # The best instruction set of this processor is the one that `make test` ran.
 verify-isa: $(BUILT)

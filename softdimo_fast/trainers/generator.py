@@ -6,8 +6,10 @@ they look at and orders the phases.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,8 @@ class GeneratorConfig:
 
     Attributes:
         one_step: the generator's input and draw.
+        sigma_schedule, sigma_steps: how its sigma rises from 0 over the first steps (the public code's
+            warm-ups end at 1 instead, which leaves nothing but noise).
         warmup_steps: first steps in which only the objectives' own modules train. A restart from weights
             alone needs it: a fresh optimizer and an auxiliary that lags behind spoil the generator.
         freeze_embeddings: keep the input embedding (and a head tied to it) as the teacher's.
@@ -37,6 +41,8 @@ class GeneratorConfig:
     """
 
     one_step: OneStepConfig = field(default_factory=OneStepConfig)
+    sigma_schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
+    sigma_steps: int = 0
     warmup_steps: int = 0
     freeze_embeddings: bool = True
     reuse_rollout: bool = True
@@ -45,6 +51,23 @@ class GeneratorConfig:
     def __post_init__(self) -> None:
         _config.require_types(self)
         _config.require_range(self, "warmup_steps", self.warmup_steps, minimum=0)
+        _config.require(
+            (self.sigma_steps > 0) == (self.sigma_schedule != "constant"), self, "sigma_steps",
+            self.sigma_steps, "positive where sigma_schedule is not 'constant', and 0 otherwise",
+        )  # fmt: skip
+
+    def one_step_at(self, step: int) -> OneStepConfig:
+        """The generator's input at a training step."""
+        if step >= self.sigma_steps:
+            return self.one_step
+        progress = step / self.sigma_steps
+        share = {
+            "linear": progress,
+            "cosine": (1 - math.cos(math.pi * progress)) / 2,
+            # From 1 % upwards, by equal factors.
+            "exponential": 0.01 ** (1 - progress),
+        }[self.sigma_schedule]
+        return replace(self.one_step, sigma=self.one_step.sigma * share)
 
 
 class GeneratorMethod(Method):
@@ -133,6 +156,7 @@ class GeneratorMethod(Method):
 
     def _rollout(self, draws: Draws, global_draws: Draws) -> Rollout:
         condition = self.conditions(draws)
-        logits = one_step_logits(self.student, condition, draws, self.config.one_step)
-        tokens = draw_tokens(logits.detach(), draws, temperature=self.config.one_step.temperature)
+        one_step = self.config.one_step_at(draws.step)
+        logits = one_step_logits(self.student, condition, draws, one_step)
+        tokens = draw_tokens(logits.detach(), draws, temperature=one_step.temperature)
         return Rollout(draws, global_draws, condition, logits, tokens)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from softdimo_fast.models.conditions import Condition, concatenate
 from softdimo_fast.models.protocol import MaskedDiffusionModel
 
 
@@ -26,20 +27,20 @@ def guidance_from_weight(w: float) -> float:
 
 
 def branch_logits(
-    model: MaskedDiffusionModel, embeddings: Tensor, condition: Tensor, *, guided: bool
+    model: MaskedDiffusionModel, embeddings: Tensor, condition: Condition, *, guided: bool
 ) -> GuidedLogits:
     """Both branches in one forward pass of twice the batch; one branch where ``guided`` is False."""
     if not guided:
         return GuidedLogits(model.logits(embeddings, condition), None)
     both = model.logits(
-        torch.cat([embeddings, embeddings]), torch.cat([condition, model.unconditional(condition)])
+        torch.cat([embeddings, embeddings]), concatenate(condition, model.unconditional(condition))
     )
     conditional, unconditional = both.chunk(2)
     return GuidedLogits(conditional, unconditional)
 
 
 def guided_logits(
-    model: MaskedDiffusionModel, embeddings: Tensor, condition: Tensor, scale: float
+    model: MaskedDiffusionModel, embeddings: Tensor, condition: Condition, scale: float
 ) -> Tensor:
     """u + s (c - u) for a number s."""
     conditional, unconditional = branch_logits(model, embeddings, condition, guided=scale != 1)

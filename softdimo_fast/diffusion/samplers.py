@@ -13,6 +13,7 @@ from softdimo_fast import _config
 from softdimo_fast.diffusion.draws import Draws
 from softdimo_fast.diffusion.guidance import guided_logits
 from softdimo_fast.diffusion.initial import NoiseScale, initial_embeddings
+from softdimo_fast.models.conditions import Condition
 from softdimo_fast.models.protocol import MaskedDiffusionModel, Tokenizer
 from softdimo_fast.ops import sample_tokens
 
@@ -57,7 +58,7 @@ def masked_after(step: int, steps: int, positions: int) -> int:
 
 @torch.no_grad()
 def confidence_sample(
-    model: MaskedDiffusionModel, condition: Tensor, draws: Draws, config: ConfidenceSamplerConfig
+    model: MaskedDiffusionModel, condition: Condition, draws: Draws, config: ConfidenceSamplerConfig
 ) -> Tensor:
     """Tokens ``[B, *token_shape]`` of a teacher, starting from nothing but [MASK].
 
@@ -126,7 +127,7 @@ class OneStepConfig:
 
 
 def one_step_logits(
-    generator: MaskedDiffusionModel, condition: Tensor, draws: Draws, config: OneStepConfig
+    generator: MaskedDiffusionModel, condition: Condition, draws: Draws, config: OneStepConfig
 ) -> Tensor:
     """z_theta(x_init, c): the logits ``[B, *token_shape, V]`` of one forward pass."""
     embeddings = initial_embeddings(
@@ -163,7 +164,7 @@ def decode_logits(
 def one_step_sample(
     generator: MaskedDiffusionModel,
     tokenizer: Tokenizer,
-    condition: Tensor,
+    condition: Condition,
     draws: Draws,
     config: OneStepConfig,
     *,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from softdimo_fast.models.conditions import Condition
 from softdimo_fast.ops import soft_embedding
 
 
@@ -47,16 +48,16 @@ class MaskedDiffusionModel(nn.Module, ABC):
         """The parameters of the input embedding, which distillation keeps frozen."""
 
     @abstractmethod
-    def unconditional(self, condition: Tensor) -> Tensor:
+    def unconditional(self, condition: Condition) -> Condition:
         """The condition of the unconditional branch of guidance, shaped as ``condition``."""
 
     @abstractmethod
-    def forward(self, embeddings: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, condition: Condition) -> Tensor:
         """Hidden states ``[B, L, H]`` of the token positions."""
 
     @abstractmethod
     def features(
-        self, embeddings: Tensor, condition: Tensor, layers: tuple[int, ...]
+        self, embeddings: Tensor, condition: Condition, layers: tuple[int, ...]
     ) -> list[Tensor]:
         """The outputs ``[B, T, H]`` of the named layers, for discriminator heads; T counts every position."""
 
@@ -87,7 +88,7 @@ class MaskedDiffusionModel(nn.Module, ABC):
             logits = logits.unflatten(-1, weight.shape[:2])
         return logits if bias is None else logits + bias
 
-    def logits(self, embeddings: Tensor, condition: Tensor) -> Tensor:
+    def logits(self, embeddings: Tensor, condition: Condition) -> Tensor:
         """Embeddings to logits in one call."""
         return self.head(self(embeddings, condition))
 

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from softdimo_fast import _config
 from softdimo_fast.diffusion import Draws, random_mask
+from softdimo_fast.models.conditions import Condition
 from softdimo_fast.models.protocol import MaskedDiffusionModel
 from softdimo_fast.trainers.heads import (
     DiscriminatorHeads,
@@ -86,7 +87,7 @@ class Adversarial(Objective):
         self,
         teacher: MaskedDiffusionModel,
         heads: DiscriminatorHeads,
-        real: Callable[[Draws], tuple[Tensor, Tensor]],
+        real: Callable[[Draws], tuple[Tensor, Condition]],
         config: AdversarialConfig,
     ) -> None:
         """Args:
@@ -145,7 +146,7 @@ class Adversarial(Objective):
         return Loss(loss * rollout.share, {name: m.detach() * scale for name, m in metrics.items()})
 
     def _penalty(
-        self, embeddings: Tensor, condition: Tensor, scores: Tensor, draws: Draws
+        self, embeddings: Tensor, condition: Condition, scores: Tensor, draws: Draws
     ) -> Tensor:
         """The squared gradient of each score at real embeddings, or its estimate: the sum over the scores.
 
@@ -183,5 +184,5 @@ class Adversarial(Objective):
         embeddings = self.teacher.soft_embed(rollout.logits, mask=mask, **options)
         return self._features(embeddings, rollout.condition)
 
-    def _features(self, embeddings: Tensor, condition: Tensor) -> list[Tensor]:
+    def _features(self, embeddings: Tensor, condition: Condition) -> list[Tensor]:
         return self.teacher.features(embeddings, condition, self.layers)

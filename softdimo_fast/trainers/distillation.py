@@ -12,6 +12,7 @@ from torch import Tensor
 from softdimo_fast import _config
 from softdimo_fast.diffusion import GuidedLogits, branch_logits
 from softdimo_fast.diffusion.masking import MaskSchedule
+from softdimo_fast.models.conditions import select
 from softdimo_fast.models.protocol import MaskedDiffusionModel
 from softdimo_fast.ops import (
     distribution_matching_loss,
@@ -199,7 +200,7 @@ class DistributionMatching(Objective):
             dropped = (
                 rollout.draws.uniform(f"{stream}/drop", 1)[:, 0] < config.auxiliary_condition_drop
             )
-            condition = torch.where(dropped, model.unconditional(condition), condition)
+            condition = select(dropped, model.unconditional(condition), condition)
         logits = model.logits(self._input(model, rollout, rollout.logits, mask), condition)
         total = masked_cross_entropy(
             logits, rollout.tokens, mask, label_smoothing=config.auxiliary_label_smoothing,

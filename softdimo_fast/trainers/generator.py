@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from softdimo_fast import _config
 from softdimo_fast.diffusion import Draws, OneStepConfig, draw_tokens, one_step_logits
+from softdimo_fast.models.conditions import Condition
 from softdimo_fast.models.protocol import MaskedDiffusionModel
 from softdimo_fast.ops import token_statistics
 from softdimo_fast.trainers.method import Loss, Method, MicroBatch, Phase
@@ -76,7 +77,7 @@ class GeneratorMethod(Method):
     def __init__(
         self,
         student: MaskedDiffusionModel,
-        conditions: Callable[[Draws], Tensor],
+        conditions: Callable[[Draws], Condition],
         objectives: Sequence[Objective],
         config: GeneratorConfig,
     ) -> None:

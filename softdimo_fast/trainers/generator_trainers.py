@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from softdimo_fast.diffusion import Draws
+from softdimo_fast.models.conditions import Condition
 from softdimo_fast.models.protocol import MaskedDiffusionModel
 from softdimo_fast.trainers.adversarial import Adversarial
 from softdimo_fast.trainers.distillation import DistributionMatching
@@ -16,7 +15,7 @@ from softdimo_fast.trainers.objective import Objective
 from softdimo_fast.trainers.reward import RewardObjective
 from softdimo_fast.trainers.trainer import Trainer, TrainerConfig
 
-Conditions = Callable[[Draws], Tensor]
+Conditions = Callable[[Draws], Condition]
 
 
 class GeneratorTrainer(Trainer):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from softdimo_fast.diffusion import Draws
+from softdimo_fast.models.conditions import Condition
 from softdimo_fast.trainers.method import Loss, Phase
 from softdimo_fast.trainers.optimization import OptimizerConfig
 
@@ -29,7 +30,7 @@ class Rollout:
 
     draws: Draws
     global_draws: Draws
-    condition: Tensor
+    condition: Condition
     logits: Tensor
     tokens: Tensor
     memory: dict[str, Any] = field(default_factory=dict)

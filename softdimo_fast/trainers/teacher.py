@@ -14,13 +14,14 @@ from torch import Tensor
 from softdimo_fast import _config
 from softdimo_fast.diffusion import Draws, mask_ratio, masked_count, random_mask
 from softdimo_fast.diffusion.masking import MaskSchedule
+from softdimo_fast.models.conditions import Condition, select
 from softdimo_fast.models.protocol import MaskedDiffusionModel
 from softdimo_fast.ops import masked_cross_entropy
 from softdimo_fast.trainers.method import Loss, Method, MicroBatch, Phase
 from softdimo_fast.trainers.optimization import OptimizerConfig
 
 # Tokens and conditions of a micro-batch's samples.
-TokenSource = Callable[[Draws], tuple[Tensor, Tensor]]
+TokenSource = Callable[[Draws], tuple[Tensor, Condition]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class TeacherMethod(Method):
         config, model = self.config, self.teacher
         tokens, condition = self.tokens(batch.draws)
         dropped = batch.draws.uniform("teacher/drop", 1)[:, 0] < config.condition_drop
-        condition = torch.where(dropped, model.unconditional(condition), condition)
+        condition = select(dropped, model.unconditional(condition), condition)
         mask = draw_mask(batch.draws, "teacher", config.mask_schedule, model.token_shape)
         logits = model.logits(model.embed(model.masked_tokens(tokens, mask)), condition)
         total = masked_cross_entropy(

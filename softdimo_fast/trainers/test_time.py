@@ -17,6 +17,7 @@ from torch import Tensor
 from softdimo_fast import _config
 from softdimo_fast.diffusion import Draws, OneStepConfig, decode_logits, initial_embeddings
 from softdimo_fast.diffusion.samplers import Decode
+from softdimo_fast.models.conditions import Condition, batch_size, rows
 from softdimo_fast.models.protocol import MaskedDiffusionModel, Tokenizer
 from softdimo_fast.rewards.protocol import Reward
 
@@ -103,8 +104,8 @@ class TestTimeEmbeddingOptimizer:
 
     def __call__(
         self,
-        condition: Tensor,
-        target: Tensor,
+        condition: Condition,
+        target: Condition,
         draws: Draws,
         *,
         stop: Callable[[], bool] = lambda: False,
@@ -114,10 +115,10 @@ class TestTimeEmbeddingOptimizer:
         target: what the reward is asked about, ``[B]``; it may say more than the condition.
         stop: asked before each batch and iteration; True raises :class:`InterruptedError`.
         """
-        if not len(condition) == len(target) == len(draws):
+        if not batch_size(condition) == batch_size(target) == len(draws):
             raise ValueError(
                 "TestTimeEmbeddingOptimizer: condition, target and draws must count the same samples, got "
-                f"{len(condition)}, {len(target)} and {len(draws)}"
+                f"{batch_size(condition)}, {batch_size(target)} and {len(draws)}"
             )
         results = []
         size = self.config.batch_size
@@ -125,7 +126,7 @@ class TestTimeEmbeddingOptimizer:
             part = slice(first, first + size)
             results.append(
                 self._search(
-                    condition[part], target[part],
+                    rows(condition, part), rows(target, part),
                     draws.part(first, size), stop,
                 )
             )  # fmt: skip
@@ -138,7 +139,7 @@ class TestTimeEmbeddingOptimizer:
         )
 
     def _search(
-        self, condition: Tensor, target: Tensor, draws: Draws, stop: Callable[[], bool]
+        self, condition: Condition, target: Condition, draws: Draws, stop: Callable[[], bool]
     ) -> TestTimeResult:
         start, start_reward = self._best_of_n(condition, target, draws, stop)
         best, best_reward, history = self._optimise(start, start_reward, condition, target, stop)
@@ -151,7 +152,7 @@ class TestTimeEmbeddingOptimizer:
             history,
         )
 
-    def _value(self, embeddings: Tensor, condition: Tensor, target: Tensor) -> Tensor:
+    def _value(self, embeddings: Tensor, condition: Condition, target: Condition) -> Tensor:
         """The reward of the soft decode, ``[B]``."""
         logits = self.generator.logits(embeddings, condition)
         value: Tensor = self.reward(self.tokenizer.decode_soft(logits), target)
@@ -159,7 +160,7 @@ class TestTimeEmbeddingOptimizer:
 
     @torch.no_grad()
     def _best_of_n(
-        self, condition: Tensor, target: Tensor, draws: Draws, stop: Callable[[], bool]
+        self, condition: Condition, target: Condition, draws: Draws, stop: Callable[[], bool]
     ) -> tuple[Tensor, Tensor]:
         one_step = self.config.one_step
         best: Tensor | None = None
@@ -179,7 +180,7 @@ class TestTimeEmbeddingOptimizer:
         return best, best_reward
 
     def _optimise(
-        self, start: Tensor, start_reward: Tensor, condition: Tensor, target: Tensor,
+        self, start: Tensor, start_reward: Tensor, condition: Condition, target: Condition,
         stop: Callable[[], bool],
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         embeddings = start.clone().requires_grad_(True)
@@ -217,7 +218,7 @@ class TestTimeEmbeddingOptimizer:
         return weight / 2 * (square - (flat.shape[1] - 1) * square.log()).sum()
 
     @torch.no_grad()
-    def _images(self, embeddings: Tensor, condition: Tensor, draws: Draws) -> Tensor:
+    def _images(self, embeddings: Tensor, condition: Condition, draws: Draws) -> Tensor:
         logits = self.generator.logits(embeddings, condition)
         return decode_logits(
             self.tokenizer, logits, draws, self.config.decode,

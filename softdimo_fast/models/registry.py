@@ -7,13 +7,13 @@ from typing import Any
 from torch import nn
 
 from softdimo_fast import _config
-from softdimo_fast.models.build import seeded
 from softdimo_fast.models.classifier import (
     ConvClassifier,
     ConvClassifierConfig,
     MlpClassifier,
     MlpClassifierConfig,
 )
+from softdimo_fast.models.seeding import seeded
 from softdimo_fast.models.transformer import TokenTransformer, TokenTransformerConfig
 from softdimo_fast.models.vector_quantizer import VectorQuantizer, VectorQuantizerConfig
 

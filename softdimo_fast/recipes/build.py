@@ -14,7 +14,7 @@ from softdimo_fast.data import load_digits, parity, random_affine
 from softdimo_fast.data.source import ImageSource, TokenSource, UniformConditions
 from softdimo_fast.diffusion import Draws
 from softdimo_fast.models import Tokenizer, create, describe, rebuild
-from softdimo_fast.models.build import seeded
+from softdimo_fast.models.seeding import seeded
 from softdimo_fast.recipes.runs import (
     ClassifierRun,
     DigitsData,

@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from softdimo_fast.data import load_digits, random_affine, sample_indices
 from softdimo_fast.diffusion.draws import Draws
-from softdimo_fast.models.build import seeded
 from softdimo_fast.models.classifier import (
     ConvClassifier,
     ConvClassifierConfig,
@@ -19,6 +18,7 @@ from softdimo_fast.models.classifier import (
     MlpClassifierConfig,
 )
 from softdimo_fast.models.registry import create
+from softdimo_fast.models.seeding import seeded
 
 Classifier = ConvClassifier | MlpClassifier
 

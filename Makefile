@@ -43,7 +43,7 @@ endif
 
 # A process per core, so a thread per process. Neither plug-in is needed to run the tests.
 has = $(shell $(PY) -c "import importlib.util as u; print('yes' if u.find_spec('$(1)') else '')")
-workers = $(if $(call has,xdist),-n $(JOBS))
+workers = $(if $(call has,xdist),-n $(JOBS) --dist loadgroup)
 coverage = $(if $(call has,pytest_cov),--cov=softdimo_fast --cov-fail-under=90)
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest $(workers) -q
 

@@ -55,16 +55,18 @@ def initial_embeddings(
     sigma: float,
     noise_scale: NoiseScale = "unit",
 ) -> Tensor:
-    """The perturbed input embeddings ``[B, L, D]`` of one generator call.
+    """The perturbed inputs ``[B, L, D]`` of one generator call, for its ``generator_logits``.
 
     Args:
         sigma: in [0, 1].
         noise_scale: ``"unit"`` adds N(0, sigma^2) as the public code does; ``"embedding"`` scales it by
             the standard deviation of the token table, for tables far from unit variance.
     """
-    embeddings = model.embed(initial_tokens(model, draws, ratio))
+    embeddings = model.generator_input(model.embed(initial_tokens(model, draws, ratio)))
     if sigma == 0:
         return embeddings
     noise = draws.normal("initial/noise", *embeddings.shape[1:])
-    scale = model.token_table.detach().std() if noise_scale == "embedding" else 1.0
+    scale: Tensor | float = 1.0
+    if noise_scale == "embedding":
+        scale = model.generator_input(model.token_table.detach()).detach().std()
     return perturb(embeddings, noise, sigma, scale)

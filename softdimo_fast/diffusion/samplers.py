@@ -130,11 +130,11 @@ def one_step_logits(
     generator: MaskedDiffusionModel, condition: Condition, draws: Draws, config: OneStepConfig
 ) -> Tensor:
     """z_theta(x_init, c): the logits ``[B, *token_shape, V]`` of one forward pass."""
-    embeddings = initial_embeddings(
+    inputs = initial_embeddings(
         generator, draws, ratio=config.initial_ratio, sigma=config.sigma,
         noise_scale=config.noise_scale,
     )  # fmt: skip
-    return generator.logits(embeddings, condition)
+    return generator.generator_logits(inputs, condition)
 
 
 def draw_tokens(logits: Tensor, draws: Draws, *, temperature: float = 1.0) -> Tensor:
@@ -149,15 +149,16 @@ def draw_tokens(logits: Tensor, draws: Draws, *, temperature: float = 1.0) -> Te
 
 
 def decode_logits(
-    tokenizer: Tokenizer, logits: Tensor, draws: Draws, decode: Decode, *, temperature: float = 1.0
-) -> Tensor:
+    tokenizer: Tokenizer, logits: Tensor, draws: Draws, decode: Decode, *, temperature: float = 1.0,
+    condition: Condition = None,
+) -> Tensor:  # fmt: skip
     """Images of a generator's logits: a sampled token, the likeliest one, or the soft embedding."""
     if decode == "soft":
-        return tokenizer.decode_soft(logits, temperature=temperature)
+        return tokenizer.decode_soft(logits, condition, temperature=temperature)
     logits = logits[..., : tokenizer.codebook.shape[-2]]
     if decode == "argmax":
-        return tokenizer.decode(logits.argmax(-1))
-    return tokenizer.decode(draw_tokens(logits, draws, temperature=temperature))
+        return tokenizer.decode(logits.argmax(-1), condition)
+    return tokenizer.decode(draw_tokens(logits, draws, temperature=temperature), condition)
 
 
 @torch.no_grad()
@@ -172,4 +173,6 @@ def one_step_sample(
 ) -> Tensor:
     """Images ``[B, C, height, width]`` in one forward pass."""
     logits = one_step_logits(generator, condition, draws, config)
-    return decode_logits(tokenizer, logits, draws, decode, temperature=config.temperature)
+    return decode_logits(
+        tokenizer, logits, draws, decode, temperature=config.temperature, condition=condition
+    )

@@ -108,9 +108,30 @@ class MaskedDiffusionModel(nn.Module, ABC):
         """``tokens`` with [MASK] where ``mask`` is True."""
         return torch.where(mask, self.mask_id, tokens)
 
+    def masked_condition(self, condition: Condition, mask: Tensor) -> Condition:
+        """``condition`` with what the model is told of the mask, bool ``[B, *token_shape]``: a timestep.
+
+        Most families are told nothing; Meissonic is, where its config says so.
+        """
+        return condition
+
+    def generator_input(self, embeddings: Tensor) -> Tensor:
+        """``[B, L, D]``: where a one-step generator adds its noise and test-time search moves.
+
+        The embeddings themselves, unless layers without attention follow them (Meissonic's norm and
+        convolution, after which the public Di[M]O code adds the noise).
+        """
+        return embeddings
+
+    def generator_logits(self, inputs: Tensor, condition: Condition) -> Tensor:
+        """Logits of what :meth:`generator_input` gave, perturbed or moved."""
+        return self.logits(inputs, condition)
+
 
 class Tokenizer(nn.Module, ABC):
     """Images to tokens and back.
+
+    Decoding takes the samples' condition, which tokenizers without text do not look at.
 
     Attributes:
         token_shape: of one image.
@@ -128,18 +149,22 @@ class Tokenizer(nn.Module, ABC):
         """``[V, D]``, or ``[G, V, D / G]``: what soft embeddings for :meth:`decode_codes` multiply."""
 
     @abstractmethod
-    def decode_codes(self, codes: Tensor) -> Tensor:
-        """Images in [-1, 1] of code vectors ``[B, L, D]``, hard or expected; differentiable."""
+    def decode_codes(self, codes: Tensor, condition: Condition = None) -> Tensor:
+        """Images in [-1, 1] of code vectors ``[B, L, D]``, hard or expected; differentiable.
+
+        Args:
+            condition: of the samples; TA-TiTok's decoder reads its text and does not work without.
+        """
 
     @abstractmethod
-    def decode(self, tokens: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor, condition: Condition = None) -> Tensor:
         """Images in [-1, 1] of tokens."""
 
-    def decode_soft(self, logits: Tensor, **options: Any) -> Tensor:
+    def decode_soft(self, logits: Tensor, condition: Condition = None, **options: Any) -> Tensor:
         """Images of the expected code vectors under softmax(logits), differentiable.
 
         Columns of the logits beyond the codebook (a [MASK] column) are left out.
         """
         codebook = self.codebook
         soft = soft_embedding(logits[..., : codebook.shape[-2]], codebook, **options)
-        return self.decode_codes(soft.flatten(-2) if codebook.dim() == 3 else soft)
+        return self.decode_codes(soft.flatten(-2) if codebook.dim() == 3 else soft, condition)

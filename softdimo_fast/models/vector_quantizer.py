@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from softdimo_fast import _config
+from softdimo_fast.models.conditions import Condition
 from softdimo_fast.models.protocol import Tokenizer
 
 
@@ -102,10 +103,10 @@ class VectorQuantizer(Tokenizer):
     def encode(self, images: Tensor) -> Tensor:
         return self.nearest(self.encode_vectors(images))
 
-    def decode_codes(self, codes: Tensor) -> Tensor:
+    def decode_codes(self, codes: Tensor, condition: Condition = None) -> Tensor:
         grid = self.config.grid
         decoded: Tensor = self.decoder(codes.transpose(1, 2).unflatten(2, (grid, grid)))
         return decoded
 
-    def decode(self, tokens: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor, condition: Condition = None) -> Tensor:
         return self.decode_codes(self.codes[tokens])

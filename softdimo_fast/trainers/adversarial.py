@@ -122,6 +122,7 @@ class Adversarial(Objective):
             fake = rollout.memory.pop("fake_features", None) or self._fake_features(rollout, mask)
         tokens, condition = self.real(rollout.draws)
         embeddings = self.teacher.embed(self.teacher.masked_tokens(tokens, mask))
+        condition = self.teacher.masked_condition(condition, mask)
         if self.config.r1 == "exact":
             # The derivative of the penalty needs the second derivative of attention.
             with sdpa_kernel(SDPBackend.MATH):
@@ -182,7 +183,7 @@ class Adversarial(Objective):
             config.relaxation, config.temperature, rollout.draws, rollout.logits.shape[:-1]
         )
         embeddings = self.teacher.soft_embed(rollout.logits, mask=mask, **options)
-        return self._features(embeddings, rollout.condition)
+        return self._features(embeddings, self.teacher.masked_condition(rollout.condition, mask))
 
     def _features(self, embeddings: Tensor, condition: Condition) -> list[Tensor]:
         return self.teacher.features(embeddings, condition, self.layers)

@@ -128,11 +128,13 @@ class DistributionMatching(Objective):
         logits = rollout.logits if differentiated else rollout.logits.detach()
         with frozen(self.auxiliary), torch.set_grad_enabled(differentiated):
             teacher = branch_logits(
-                self.teacher, self._input(self.teacher, rollout, logits, mask), rollout.condition,
+                self.teacher, self._input(self.teacher, rollout, logits, mask),
+                self.teacher.masked_condition(rollout.condition, mask),
                 guided=config.guidance_scale != 1,
             )  # fmt: skip
             auxiliary = self.auxiliary.logits(
-                self._input(self.auxiliary, rollout, logits, mask), rollout.condition
+                self._input(self.auxiliary, rollout, logits, mask),
+                self.auxiliary.masked_condition(rollout.condition, mask),
             )
         scale, weight = self._scale(mask), self._weight(mask)
         matching = distribution_matching_loss(
@@ -195,7 +197,7 @@ class DistributionMatching(Objective):
         config, model = self.config, self.auxiliary
         stream = f"auxiliary/{phase.repeat}"
         mask = self._mask(rollout, stream)
-        condition = rollout.condition
+        condition = model.masked_condition(rollout.condition, mask)
         if config.auxiliary_condition_drop:
             dropped = (
                 rollout.draws.uniform(f"{stream}/drop", 1)[:, 0] < config.auxiliary_condition_drop

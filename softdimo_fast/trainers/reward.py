@@ -46,6 +46,6 @@ class RewardObjective(Objective):
         options = relaxation_options(
             config.relaxation, config.temperature, rollout.draws, rollout.logits.shape[:-1]
         )
-        images = self.tokenizer.decode_soft(rollout.logits, **options)
+        images = self.tokenizer.decode_soft(rollout.logits, rollout.condition, **options)
         reward = self.reward(images, rollout.condition).mean() * rollout.share
         return Loss(-config.weight * reward, {"reward/value": reward.detach()})

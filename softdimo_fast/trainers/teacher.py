@@ -83,7 +83,9 @@ class TeacherMethod(Method):
         dropped = batch.draws.uniform("teacher/drop", 1)[:, 0] < config.condition_drop
         condition = select(dropped, model.unconditional(condition), condition)
         mask = draw_mask(batch.draws, "teacher", config.mask_schedule, model.token_shape)
-        logits = model.logits(model.embed(model.masked_tokens(tokens, mask)), condition)
+        logits = model.logits(
+            model.embed(model.masked_tokens(tokens, mask)), model.masked_condition(condition, mask)
+        )
         total = masked_cross_entropy(
             logits, tokens, mask, label_smoothing=config.label_smoothing, reduction="sum"
         )

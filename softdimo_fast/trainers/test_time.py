@@ -154,8 +154,8 @@ class TestTimeEmbeddingOptimizer:
 
     def _value(self, embeddings: Tensor, condition: Condition, target: Condition) -> Tensor:
         """The reward of the soft decode, ``[B]``."""
-        logits = self.generator.logits(embeddings, condition)
-        value: Tensor = self.reward(self.tokenizer.decode_soft(logits), target)
+        logits = self.generator.generator_logits(embeddings, condition)
+        value: Tensor = self.reward(self.tokenizer.decode_soft(logits, condition), target)
         return value
 
     @torch.no_grad()
@@ -219,10 +219,10 @@ class TestTimeEmbeddingOptimizer:
 
     @torch.no_grad()
     def _images(self, embeddings: Tensor, condition: Condition, draws: Draws) -> Tensor:
-        logits = self.generator.logits(embeddings, condition)
+        logits = self.generator.generator_logits(embeddings, condition)
         return decode_logits(
             self.tokenizer, logits, draws, self.config.decode,
-            temperature=self.config.one_step.temperature,
+            temperature=self.config.one_step.temperature, condition=condition,
         )  # fmt: skip
 
 

@@ -115,9 +115,9 @@ class GroupedTokenizer(Tokenizer):
     def codebook(self) -> Tensor:
         return self.table
 
-    def decode_codes(self, codes: Tensor) -> Tensor:
+    def decode_codes(self, codes: Tensor, condition: Tensor | None = None) -> Tensor:
         patches = self.decoder(codes).transpose(1, 2).unflatten(2, (2, 2))
         return functional.pixel_shuffle(patches, 2)
 
-    def decode(self, tokens: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor, condition: Tensor | None = None) -> Tensor:
         return self.decode_codes(self.table[torch.arange(GROUPS), tokens].flatten(-2))

@@ -132,8 +132,8 @@ class TokenizerMethod(Method):
         """usage and totals: exponential averages of each code's count and vector sum; codes: their ratio."""
         tokenizer = self.tokenizer
         rate = (1 - self.config.codebook_decay) * finite
-        one_hot = F.one_hot(tokenizer.nearest(vectors), tokenizer.config.vocabulary)
-        one_hot = one_hot.to(vectors.dtype)
+        numbers = torch.arange(tokenizer.config.vocabulary, device=vectors.device)
+        one_hot = (tokenizer.nearest(vectors)[:, None] == numbers).to(vectors.dtype)
         tokenizer.usage.lerp_(one_hot.sum(0), rate)
         tokenizer.totals.lerp_(one_hot.T @ vectors, rate)
         tokenizer.codes.copy_(tokenizer.totals / (tokenizer.usage[:, None] + 1e-5))

@@ -74,12 +74,15 @@ def transformer(family: str = "token", *, seed: int = 0, sharpness: float = 20.0
 
 
 def tokenizer(family: str = "token", *, seed: int = 0) -> Any:
-    """4 x 4 images as 4 positions."""
+    """4 x 4 images as 4 positions; the fresh decoder's contrast is raised to that of images."""
     if family == "grouped":
         with seeded(seed):
             return GroupedTokenizer()
     config = VectorQuantizerConfig(vocabulary=VOCABULARY, code_width=4, width=8, grid=2)
-    return create(config, seed=seed)
+    vq = create(config, seed=seed)
+    with torch.no_grad():
+        vq.decoder[-1].weight.mul_(5)
+    return vq
 
 
 def classifier(*, seed: int = 5) -> nn.Module:
@@ -88,7 +91,11 @@ def classifier(*, seed: int = 5) -> nn.Module:
 
 
 def reward() -> ClassifierReward:
-    return ClassifierReward(classifier(), torch.arange(4) % 2)
+    """Of a sharpened classifier: a fresh one says the same of all images."""
+    judge: Any = classifier()
+    with torch.no_grad():
+        judge.head.weight.mul_(20)
+    return ClassifierReward(judge, torch.arange(4) % 2)
 
 
 def heads(teacher: MaskedDiffusionModel, *, seed: int = 3, **options: Any) -> DiscriminatorHeads:

@@ -157,8 +157,9 @@ def decode_logits(
         return tokenizer.decode_soft(logits, condition, temperature=temperature)
     logits = logits[..., : tokenizer.codebook.shape[-2]]
     if decode == "argmax":
-        return tokenizer.decode(logits.argmax(-1), condition)
-    return tokenizer.decode(draw_tokens(logits, draws, temperature=temperature), condition)
+        return tokenizer.decode(logits.argmax(-1), condition=condition)
+    tokens = draw_tokens(logits, draws, temperature=temperature)
+    return tokenizer.decode(tokens, condition=condition)
 
 
 @torch.no_grad()

@@ -167,4 +167,5 @@ class Tokenizer(nn.Module, ABC):
         """
         codebook = self.codebook
         soft = soft_embedding(logits[..., : codebook.shape[-2]], codebook, **options)
-        return self.decode_codes(soft.flatten(-2) if codebook.dim() == 3 else soft, condition)
+        codes = soft.flatten(-2) if codebook.dim() == 3 else soft
+        return self.decode_codes(codes, condition=condition)

@@ -69,6 +69,16 @@ def test_logit_gradients_sum_to_zero(backend: str, dtype: torch.dtype) -> None:
     assert bool((dlogits.double().sum(dim=1).abs() <= rounding + 2 * products).all())
 
 
+@pytest.mark.parametrize("width", [16, 64])
+def test_a_large_product_early_in_a_long_sum(width: int) -> None:
+    """What is added after it is rounded at its size: the error grows with the length of the chain."""
+    logits, codebook = torch.randn(256, 256), torch.randn(256, width)
+    logits[:, 0] = 6.0
+    value = soft_embedding(logits, codebook, backend="cpp").double()
+    truth = soft_embedding(logits.double(), codebook.double(), backend="reference")
+    assert float((value - truth).norm() / truth.norm()) < 3e-7
+
+
 def test_one_hot_rows_give_the_hard_embedding_bit_for_bit() -> None:
     codebook = torch.randn(300, 20)
     tokens = torch.randint(300, (64,))

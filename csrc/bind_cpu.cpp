@@ -258,14 +258,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> soft_embedding(
   const SoftEmbedding& s = prepared.call;
   const Shape rows = leading_shape(logits), shape = with(rows, s.width);
   Tensor value = output(codebook, shape, codebook.scalar_type());
-  Tensor row_max = output(logits, rows, prepared.compute), row_sum = output(logits, rows, prepared.compute);
+  Tensor row_max = output(logits, rows, ScalarType::Double), row_sum = output(logits, rows, prepared.compute);
   const bool keeps_soft = hard || codebook.scalar_type() != prepared.compute;
   Tensor soft = keeps_soft ? output(logits, shape, prepared.compute)
                            : torch::stable::new_empty(logits, {0}, prepared.compute);
 
   const int64_t positions = s.rows / s.groups, block = forward_block_rows(positions, s.groups);
-  const Forward job{s, hard, block, value.mutable_data_ptr(), row_max.mutable_data_ptr(), row_sum.mutable_data_ptr(),
-                    keeps_soft ? soft.mutable_data_ptr() : nullptr};
+  const Forward job{s, hard, block, value.mutable_data_ptr(), static_cast<double*>(row_max.mutable_data_ptr()),
+                    row_sum.mutable_data_ptr(), keeps_soft ? soft.mutable_data_ptr() : nullptr};
   parallel(s.groups * ((positions + block - 1) / block),
            [&](int64_t begin, int64_t end) { prepared.kernels.forward(job, begin, end); });
   return {value, row_max, row_sum, soft};
@@ -286,11 +286,13 @@ Cut backward_cut(const SoftEmbedding& s) {
   return {tile, tiles, std::max<int64_t>(splits, 1)};
 }
 
-Tensor reduced(const Prepared& prepared, const Tensor& parts, int64_t count, const Tensor& like) {
+Tensor reduced(const Tensor& parts, int64_t count, const Tensor& like) {
   Tensor out = output(like, leading_shape(like, 0), like.scalar_type());
+  const bool wide = parts.scalar_type() == ScalarType::Double;
+  const SoftEmbeddingKernels& kernels = wide ? soft_embedding_table().float64 : soft_embedding_table().float32;
   const int64_t n = out.numel();
   parallel_rows(n, [&](int64_t begin, int64_t end) {
-    prepared.kernels.reduce(parts.const_data_ptr(), count, n, out.mutable_data_ptr(), dtype_of(like), begin, end);
+    kernels.reduce(parts.const_data_ptr(), count, n, out.mutable_data_ptr(), dtype_of(like), begin, end);
   });
   return out;
 }
@@ -298,11 +300,12 @@ Tensor reduced(const Prepared& prepared, const Tensor& parts, int64_t count, con
 Tensor mask_embedding_gradient(const Prepared& prepared, const Tensor& grad, const Tensor& mask_embedding) {
   const SoftEmbedding& s = prepared.call;
   const int64_t chunks = std::max<int64_t>((s.rows / s.groups + kMaskChunk - 1) / kMaskChunk, 1);
-  Tensor parts = torch::stable::new_empty(grad, {chunks, s.groups, s.width}, prepared.compute);
+  Tensor parts = torch::stable::new_empty(grad, {chunks, s.groups, s.width}, ScalarType::Double);
+  double* sums = static_cast<double*>(parts.mutable_data_ptr());
   parallel(chunks, [&](int64_t begin, int64_t end) {
-    prepared.kernels.mask_gradient(s, grad.const_data_ptr(), parts.mutable_data_ptr(), begin, end);
+    prepared.kernels.mask_gradient(s, grad.const_data_ptr(), sums, begin, end);
   });
-  return reduced(prepared, parts, chunks, mask_embedding);
+  return reduced(parts, chunks, mask_embedding);
 }
 
 // Sums over the dimensions along which the temperature was broadcast: in float64 and in row order, whatever the
@@ -336,7 +339,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> soft_embedding_backward(
   const SoftEmbedding& s = prepared.call;
   STD_TORCH_CHECK(wanted.size() == 4 && grad.numel() == s.rows * s.width && soft.numel() == s.rows * s.width &&
                       soft.scalar_type() == prepared.compute && row_max.numel() == s.rows &&
-                      row_max.scalar_type() == prepared.compute && row_sum.numel() == s.rows &&
+                      row_max.scalar_type() == ScalarType::Double && row_sum.numel() == s.rows &&
                       row_sum.scalar_type() == prepared.compute,
                   "softdimo: the saved tensors do not fit the logits");
   const Tensor upstream = torch::stable::contiguous(torch::stable::to(grad, codebook.scalar_type()));
@@ -352,11 +355,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> soft_embedding_backward(
     const size_t partial = prepared.compute == ScalarType::Double ? sizeof(RowPartial<double>) : sizeof(RowPartial<float>);
     Tensor delta = torch::stable::new_empty(logits, {s.rows}, prepared.compute);
     Tensor partials = output(logits, {cut.tiles * s.rows * static_cast<int64_t>(partial)}, ScalarType::Byte);
-    Tensor parts = wanted[1] ? output(logits, {cut.splits, s.groups, s.vocabulary, s.width}, prepared.compute)
+    Tensor parts = wanted[1] ? output(logits, {cut.splits, s.groups, s.vocabulary, s.width},
+                                      sums_in_double(s) ? ScalarType::Double : prepared.compute)
                              : nothing(logits);
     Tensor slopes = torch::stable::new_empty(logits, {wants_temperature ? s.rows : 0}, prepared.compute);
-    const Backward job{s, upstream.const_data_ptr(), tops.const_data_ptr(), sums.const_data_ptr(),
-                       wide.const_data_ptr(), delta.mutable_data_ptr(), cut.tile, cut.splits,
+    const double* top = static_cast<const double*>(tops.const_data_ptr());
+    const Backward job{s, upstream.const_data_ptr(), top, sums.const_data_ptr(), wide.const_data_ptr(),
+                       delta.mutable_data_ptr(), cut.tile, cut.splits,
                        partials.mutable_data_ptr(), wanted[0] ? dlogits.mutable_data_ptr() : nullptr,
                        wanted[1] ? parts.mutable_data_ptr() : nullptr,
                        wants_temperature ? slopes.mutable_data_ptr() : nullptr};
@@ -364,7 +369,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> soft_embedding_backward(
     parallel(s.groups * cut.splits * cut.tiles,
              [&](int64_t begin, int64_t end) { prepared.kernels.backward(job, begin, end); });
     parallel_rows(s.rows, [&](int64_t begin, int64_t end) { prepared.kernels.finish_rows(job, begin, end); });
-    if (wanted[1]) dcodebook = reduced(prepared, parts, cut.splits, codebook);
+    if (wanted[1]) dcodebook = reduced(parts, cut.splits, codebook);
     if (wants_temperature) {
       dtemperature = prepared.compute == ScalarType::Double
                          ? temperature_gradient<double>(slopes, logits, *row_temperature)

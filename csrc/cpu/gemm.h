@@ -1,8 +1,9 @@
 // A register-blocked matrix product: C[M, N] (+)= A[M, K] B[K, N], A and B anywhere, N a multiple of the vector.
 //
 // One tile keeps MR x NV vectors of C in registers; per k it loads NV vectors of B and broadcasts MR scalars of A.
-// Sums start at zero and C is added at the end: at large K that loses less than starting from C. Every entry of C
-// is the same chain of operations whatever MR its row fell into, so a row's bits do not depend on its neighbours.
+// K is cut into chains of at most kChain products. Each starts at zero and is added to C at its end: after one large
+// product every later sum of its chain is rounded at that size, so long chains lose more. Every entry of C is the
+// same operations in the same order whatever MR its row fell into, so a row's bits do not depend on its neighbours.
 #pragma once
 
 #include "simd.h"
@@ -17,6 +18,8 @@ constexpr int kTileRows = 6;  // of 16
 #else
 constexpr int kTileRows = 4;  // of 16, without fused multiply-add
 #endif
+
+constexpr int64_t kChain = 112;
 
 template <class T>
 struct Matrix {
@@ -65,14 +68,19 @@ SOFTDIMO_ALWAYS_INLINE void tile_of(int rows, int64_t depth, Matrix<const T> a, 
   tile<T, MR, NV>(depth, a, b, b_row, c, c_row, add);
 }
 
-// One panel of NV vectors of columns, all rows: rows are split evenly into tiles.
+// One panel of NV vectors of columns, all rows: rows are split evenly into tiles, and K into chains.
 template <class T, int NV>
 void panel(int64_t rows, int64_t depth, Matrix<const T> a, const T* b, int64_t b_row, T* c, int64_t c_row,
            bool add) {
-  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, chains = depth > 0 ? (depth + kChain - 1) / kChain : 1;
   for (int64_t i = 0, row = 0; i < tiles; ++i) {
     const int count = static_cast<int>((rows - row) / (tiles - i));
-    tile_of<T, NV>(count, depth, {a.data + row * a.row, a.row, a.col}, b, b_row, c + row * c_row, c_row, add);
+    for (int64_t j = 0, k = 0; j < chains; ++j) {
+      const int64_t chain = (depth - k) / (chains - j);
+      tile_of<T, NV>(count, chain, {a.data + row * a.row + k * a.col, a.row, a.col}, b + k * b_row, b_row,
+                     c + row * c_row, c_row, add || j > 0);
+      k += chain;
+    }
     row += count;
   }
 }

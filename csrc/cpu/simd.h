@@ -64,6 +64,22 @@ SOFTDIMO_ALWAYS_INLINE T lane_max(Vec<T> v) {
   return best;
 }
 
+// a . b in double, where the product of two floats is exact; in lanes of its own, the same on every processor.
+template <class T>
+SOFTDIMO_ALWAYS_INLINE double dot(const T* a, const T* b, int64_t n) {
+  constexpr int kParts = 16;
+  double part[kParts] = {};
+  const int64_t whole = n / kParts * kParts;
+  for (int64_t i = 0; i < whole; i += kParts) {
+    for (int j = 0; j < kParts; ++j) part[j] += static_cast<double>(a[i + j]) * static_cast<double>(b[i + j]);
+  }
+  for (int64_t i = whole; i < n; ++i) part[i - whole] += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  for (int width = kParts / 2; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) part[j] += part[j + width];
+  }
+  return part[0];
+}
+
 template <class To, class From>
 SOFTDIMO_ALWAYS_INLINE To bits(From from) {
   static_assert(sizeof(To) == sizeof(From), "same size");
@@ -94,11 +110,30 @@ SOFTDIMO_ALWAYS_INLINE Vec<double> exp_nonpositive(Vec<double> t) {
   return out;
 }
 
-// log(x) for normal positive x.
-SOFTDIMO_ALWAYS_INLINE Vec<float> log_positive(Vec<float> x) {
-  const UintVec raw = (UintVec)x;
-  // Mantissa in [sqrt(1/2), sqrt(2)), exponent to match.
-  const UintVec biased = raw - 0x3F3504F3u;
+// A number that one float32 cannot hold: high + low. Every operation below is exact, or rounds a low part.
+struct FloatPair {
+  Vec<float> high, low;
+};
+
+// a + b for |a| >= |b|.
+SOFTDIMO_ALWAYS_INLINE FloatPair sum_ordered(Vec<float> a, Vec<float> b) {
+  const Vec<float> sum = a + b;
+  return {sum, b - (sum - a)};
+}
+
+// a + b; where it is not finite the low part is zero.
+SOFTDIMO_ALWAYS_INLINE FloatPair sum_pair(Vec<float> a, FloatPair b) {
+  const Vec<float> sum = a + b.high, part = sum - a;
+  const Vec<float> error = (a - (sum - part)) + (b.high - part);
+  const FloatPair pair = sum_ordered(sum, error + b.low);
+  const auto finite = sum - sum == 0.0f;
+  return {finite ? pair.high : sum, finite ? pair.low : Vec<float>{}};
+}
+
+// log(x) for normal positive x, within 3e-9 of its size: x = 2^e (1 + z), 1 + z in [sqrt(1/2), sqrt(2)).
+// What is large, e ln 2 + z - z^2 / 2, is summed without rounding; the rest of the series is small.
+SOFTDIMO_ALWAYS_INLINE FloatPair log_positive(Vec<float> x) {
+  const UintVec biased = (UintVec)x - 0x3F3504F3u;
   const IntVec exponent = (IntVec)biased >> 23;
   const Vec<float> z = (Vec<float>)((biased & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
   const Vec<float> e = __builtin_convertvector(exponent, Vec<float>);
@@ -110,16 +145,21 @@ SOFTDIMO_ALWAYS_INLINE Vec<float> log_positive(Vec<float> x) {
   poly = poly * z + 2.0000714765e-1f;
   poly = poly * z - 2.4999993993e-1f;
   poly = poly * z + 3.3333331174e-1f;
-  const Vec<float> square = z * z;
-  Vec<float> tail = poly * square * z - e * 2.12194440e-4f - square * 0.5f;
-  return e * 0.693359375f + (z + tail);
+  const Vec<float> head = (Vec<float>)((UintVec)z & 0xFFFFF000u);  // 12 bits: its square is exact
+  const Vec<float> rest = (z - head) * (z + head) * 0.5f;
+  const FloatPair series = sum_ordered(z, head * head * -0.5f);
+  const FloatPair sum = sum_ordered(e * 0.693359375f, series.high);  // ln 2 in two parts: the first product is exact
+  return {sum.high, poly * (z * z * z) + (sum.low + (series.low - rest - e * 2.12194440e-4f))};
 }
 
 // Standard Gumbel noise from uniforms on (0, 1): -log(-log(1 - u)), with full precision for u near 0.
-SOFTDIMO_ALWAYS_INLINE Vec<float> gumbel(Vec<float> u) {
+SOFTDIMO_ALWAYS_INLINE FloatPair gumbel(Vec<float> u) {
   const Vec<float> y = 1.0f - u;
   const Vec<float> rounding = (y - 1.0f) + u;
-  return -log_positive(rounding / y - log_positive(y));
+  const FloatPair inner = log_positive(y);
+  const FloatPair w = sum_ordered(-inner.high, rounding / y - inner.low);
+  const FloatPair outer = log_positive(w.high);
+  return sum_ordered(-outer.high, -outer.low - w.low / w.high);
 }
 SOFTDIMO_ALWAYS_INLINE Vec<double> gumbel(Vec<double> u) {
   Vec<double> out{};

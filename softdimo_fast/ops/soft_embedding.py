@@ -216,7 +216,7 @@ def _fake(
     soft = (*rows, width) if _keeps_soft(codebook, statistics, hard) else (0,)
     return (
         output,
-        logits.new_empty(rows, dtype=statistics),
+        logits.new_empty(rows, dtype=torch.float64),
         logits.new_empty(rows, dtype=statistics),
         logits.new_empty(soft, dtype=statistics),
     )
@@ -243,7 +243,7 @@ _DIFFERENTIABLE = (0, 1, 3, 5)
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     value, row_max, row_sum, soft = output
     ctx.mark_non_differentiable(row_max, row_sum, soft)
-    kept = soft if _keeps_soft(inputs[1], row_max.dtype, inputs[8]) else value
+    kept = soft if _keeps_soft(inputs[1], row_sum.dtype, inputs[8]) else value
     _registration.save_inputs(ctx, (*inputs[:8], row_max, row_sum, kept), output)
 
 

@@ -69,6 +69,75 @@ def test_logit_gradients_sum_to_zero(backend: str, dtype: torch.dtype) -> None:
     assert bool((dlogits.double().sum(dim=1).abs() <= rounding + 2 * products).all())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("width", [7, 32])
+def test_temperature_gradient_of_nearly_uniform_rows(backend: str, width: int) -> None:
+    """The rounding of delta is common to a row's dlogits: about max y it would add up over V."""
+    logits, codebook = 0.1 * torch.randn(256, 512), torch.randn(512, width)
+    case = Case(logits, codebook, torch.rand(256) + 0.5, None, {})
+    assert_close_to_float64(case, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rows", [300, 3000])
+def test_narrow_sums_over_rows_that_cancel(backend: str, rows: int) -> None:
+    """The codebook gradient of one entry is the sum of the upstream gradient, here 0.01 from large terms."""
+    upstream = torch.randn(rows, 1)
+    upstream[-1] -= upstream.double().sum().float() - 0.01
+    truth = upstream.double().sum(dim=0, keepdim=True)
+    _, (gradient,) = gradients(
+        lambda e: soft_embedding(torch.zeros(rows, 1), e, backend=backend),
+        (torch.ones(1, 1),),
+        upstream,
+    )
+    torch.testing.assert_close(gradient.double(), truth, rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_narrow_sums_over_the_vocabulary_that_cancel(backend: str) -> None:
+    codebook = torch.randn(512, 1)
+    codebook[-1] -= codebook.double().sum().float() - 0.01
+    value = soft_embedding(torch.zeros(3, 512), codebook, backend=backend)
+    truth = codebook.double().mean().expand(3, 1)
+    torch.testing.assert_close(value.double(), truth, rtol=3e-7, atol=0)
+
+
+def test_mask_embedding_gradient_that_cancels() -> None:
+    upstream = torch.randn(3000, 1)
+    upstream[-1] -= upstream.double().sum().float() - 0.01
+    mask = torch.ones(3000, dtype=torch.bool)
+    _, (gradient,) = gradients(
+        lambda m: soft_embedding(
+            torch.zeros(3000, 1), torch.ones(1, 1), mask=mask, mask_embedding=m, backend="cpp"
+        ),
+        (torch.ones(1),),
+        upstream,
+    )
+    torch.testing.assert_close(gradient.double(), upstream.double().sum(0), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("width", [16, 64])
+def test_a_large_product_early_in_a_long_sum(width: int) -> None:
+    """What is added after it is rounded at its size: the error grows with the length of the chain."""
+    logits, codebook = torch.randn(256, 256), torch.randn(256, width)
+    logits[:, 0] = 6.0
+    value = soft_embedding(logits, codebook, backend="cpp").double()
+    truth = soft_embedding(logits.double(), codebook.double(), backend="reference")
+    assert float((value - truth).norm() / truth.norm()) < 3e-7
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("size", "temperature"), [(1e4, 1.0), (0.0, 1e-3)])
+def test_noise_keeps_its_digits(backend: str, size: float, temperature: float) -> None:
+    """Beside large logits, whose float32 spacing is 1e-3; at a temperature that magnifies its rounding."""
+    logits, codebook = torch.full((256, 40), size), torch.randn(40, 16)
+    for hard in (False, True):
+        options = {"noise": "gumbel", "seed": 3, "temperature": temperature, "hard": hard}
+        value = soft_embedding(logits, codebook, backend=backend, **options)
+        truth = soft_embedding(logits.double(), codebook.double(), backend="reference", **options)
+        torch.testing.assert_close(value.double(), truth, rtol=0, atol=2e-6)
+
+
 def test_one_hot_rows_give_the_hard_embedding_bit_for_bit() -> None:
     codebook = torch.randn(300, 20)
     tokens = torch.randint(300, (64,))
@@ -107,11 +176,12 @@ def noisy(z: Tensor, codebook: Tensor, **options: Any) -> Tensor:
     return soft_embedding(z, codebook, noise="gumbel", **options)
 
 
+@pytest.mark.parametrize("width", [5, 33])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
+def test_rows_do_not_depend_on_the_batch(dtype: torch.dtype, width: int) -> None:
     """A row's value and gradient have the same bits in any batch, position and block size."""
     logits = (torch.randn(700, 1100) * 3).to(dtype)
-    codebook, upstream = torch.randn(1100, 33).to(dtype), torch.randn(700, 33)
+    codebook, upstream = torch.randn(1100, width).to(dtype), torch.randn(700, width)
     ids = torch.arange(700)
     value, (dlogits, _) = gradients(
         lambda z, e: noisy(z, e, seed=3, row_ids=ids, temperature=0.8), (logits, codebook), upstream
@@ -126,12 +196,13 @@ def test_rows_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
         assert_same_bits(dpart, dlogits[pick])
 
 
-def test_nothing_depends_on_the_number_of_threads() -> None:
+@pytest.mark.parametrize("width", [5, 20])
+def test_nothing_depends_on_the_number_of_threads(width: int) -> None:
     case = Case(
-        torch.randn(2000, 300), torch.randn(300, 20), torch.rand(2000) + 0.5, torch.randn(20),
+        torch.randn(2000, 300), torch.randn(300, width), torch.rand(2000) + 0.5, torch.randn(width),
         {"mask": torch.rand(2000) < 0.3, "noise": "gumbel", "seed": 1},
     )  # fmt: skip
-    upstream, before = torch.randn(2000, 20), torch.get_num_threads()
+    upstream, before = torch.randn(2000, width), torch.get_num_threads()
     results = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)

@@ -44,7 +44,7 @@ struct Forward {
   bool hard;
   int64_t block_rows;  // rows of one task, at most kBlockRows
   void* output;        // [rows, D] in the codebook's type
-  void* row_max;       // T [rows]: max y
+  double* row_max;     // [rows]: max y, whose noise float32 cannot hold beside large logits
   void* row_sum;       // T [rows]: sum exp((y - max) / T)
   void* soft;          // T [rows, D]; null when the output is it
 };
@@ -52,15 +52,19 @@ struct Forward {
 // What one task of the backward leaves behind for a row, about its slice of the vocabulary.
 template <class T>
 struct RowPartial {
-  T sum;        // of dlogits, without a dominant entry
-  T slope;      // of dlogits * (y - max)
-  int64_t peak; // index of the entry with p > 1/2, or -1
+  T others;      // sum of dlogits, without a dominant entry
+  int64_t peak;  // index of the entry with p > 1/2, or -1
+  // For the gradient of the temperature, and written only where it is wanted:
+  T mass;      // sum of p
+  T centre;    // mean of y - max under p
+  T slope;     // sum of dlogits * (y - max - centre)
+  T residual;  // sum of dlogits
 };
 
 struct Backward {
   SoftEmbedding call;
   const void* grad;  // [rows, D] contiguous in the codebook's type
-  const void* row_max;
+  const double* row_max;
   const void* row_sum;
   const void* soft;      // T [rows, D]
   void* delta;           // T [rows]: g . e
@@ -68,7 +72,7 @@ struct Backward {
   int64_t splits;        // parts of the rows, each with codebook gradients of its own
   void* partials;        // RowPartial<T> [tiles, rows]
   void* dlogits;         // [rows, V] contiguous in the logits' type; null when not wanted
-  void* dcodebook;       // T [splits, G, V, D]; null when not wanted
+  void* dcodebook;       // T (double: sums_in_double) [splits, G, V, D]; null when not wanted
   void* dtemperature;    // T [rows]; null when not wanted
 };
 
@@ -80,16 +84,21 @@ struct SoftEmbeddingKernels {
   void (*row_dots)(const Backward&, int64_t begin, int64_t end);  // over rows
   void (*backward)(const Backward&, int64_t begin, int64_t end);  // over groups x splits x tiles
   void (*finish_rows)(const Backward&, int64_t begin, int64_t end);  // over rows
-  // Sum over `parts` of T [parts, n] in index order, into [n] of the given type.
+  // Sum over `parts` of T [parts, n] in index order, in double, into [n] of the given type.
   void (*reduce)(const void* parts, int64_t parts_count, int64_t n, void* out, DType, int64_t begin, int64_t end);
-  // Sum of g over the masked rows of one chunk, into T [chunks, G, D]; over chunks of kMaskChunk positions.
-  void (*mask_gradient)(const SoftEmbedding&, const void* grad, void* chunks, int64_t begin, int64_t end);
+  // Sum of g over the masked rows of one chunk, into [chunks, G, D]; over chunks of kMaskChunk positions.
+  void (*mask_gradient)(const SoftEmbedding&, const void* grad, double* chunks, int64_t begin, int64_t end);
 };
 
 // Fixed sizes: results depend on them and on shapes, never on the number of threads.
 constexpr int64_t kVocabularyChunk = 256;  // entries of a row that are merged at a time
 constexpr int64_t kBlockRows = 112;        // most rows of one block
 constexpr int64_t kMaskChunk = 256;        // positions of one partial mask-embedding gradient
+constexpr int64_t kNarrowWidth = 8;        // widest codebook whose products are summed in double
+
+// Whether p E and p^T G are summed in double. All of so few columns may happen to be small sums of large terms, whose
+// rounding is then the error of the result; and double costs little here, where a float32 vector is half empty.
+SOFTDIMO_ALWAYS_INLINE bool sums_in_double(const SoftEmbedding& s) { return s.width <= kNarrowWidth; }
 
 struct SoftEmbeddingTable {
   SoftEmbeddingKernels float32;

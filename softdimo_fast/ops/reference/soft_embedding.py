@@ -55,7 +55,11 @@ def noised_logits(
     logits: Tensor, temperature: float, row_temperature: Tensor | None, mask: Tensor | None,
     top_k: int | None, top_p: float | None, seed: Tensor | None, row_ids: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Truncated logits plus noise, before the division by T; masked rows read as zeros."""
+    """Truncated logits plus noise, before the division by T; masked rows read as zeros.
+
+    With noise in float64: beside large logits float32 cannot hold it, and near ties decide the gradients
+    of nearly one-hot rows.
+    """
     z = logits.to(dtype)
     if mask is not None:
         z = torch.where(mask.unsqueeze(-1), 0.0, z)
@@ -64,7 +68,7 @@ def noised_logits(
     )
     if seed is not None:
         rows = default_row_ids(row_ids, logits.shape[:-1], logits.device)
-        z = z + gumbel(seed, rows, logits.shape[-1], dtype)
+        z = z.double() + gumbel(seed, rows, logits.shape[-1], torch.float64)
     if keep is not None:
         z = z.masked_fill(~keep, -torch.inf)
     return z
@@ -80,12 +84,24 @@ def _softmax(shifted: Tensor, temperature: float | Tensor) -> Tensor:
     return torch.softmax(scaled.masked_fill(gone, -torch.inf), dim=-1)
 
 
-def _shift(y: Tensor) -> Tensor:
-    return y - y.detach().amax(dim=-1, keepdim=True)
+def _shift(y: Tensor, dtype: torch.dtype) -> Tensor:
+    return (y - y.detach().amax(dim=-1, keepdim=True)).to(dtype)
+
+
+# The widest codebook whose products with p are summed in float64. So few columns may all cancel, and then
+# the error of one float32 sum is the error of the result.
+NARROW_WIDTH = 8
+
+
+def _for_sums(p: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of a product with a narrow codebook or its gradient, in the dtype it is summed in."""
+    narrow = other.shape[-1] <= NARROW_WIDTH
+    return (p.double(), other.double()) if narrow else (p, other)
 
 
 def _expectation(p: Tensor, codebook: Tensor) -> Tensor:
     """p @ E, grouped when the codebook is ``[G, V, D]``."""
+    p, codebook = _for_sums(p, codebook)
     with ieee_float32(p):
         if codebook.dim() == 3:
             return torch.einsum("...gv,gvd->...gd", p, codebook)
@@ -110,7 +126,7 @@ def soft_embedding(
         if row_temperature is not None:
             out = torch.where(row_temperature.unsqueeze(-1) > 0, out, torch.nan)
     else:
-        p = _softmax(_shift(y), temperature_divisor(temperature, row_temperature, dtype))
+        p = _softmax(_shift(y, dtype), temperature_divisor(temperature, row_temperature, dtype))
         out = _expectation(p, codebook.to(dtype)).to(codebook.dtype)
     if mask is not None and mask_embedding is not None:
         out = torch.where(mask.unsqueeze(-1), mask_embedding.to(out.dtype), out)
@@ -138,14 +154,17 @@ def soft_embedding_backward(
     With p = softmax(y / T), g the upstream gradient and delta = g . e:
         dlogits[v] = p[v] (g . E[v] - delta) / T        (sums to zero over v)
         dE[v]      = sum over rows of p[v] g
-        dT         = -(1 / T) sum_v dlogits[v] (y[v] - max y)
+        dT         = -(1 / T) sum_v dlogits[v] (y[v] - mean y),  mean y under p
+
+    About the mean, because the rounding of delta is common to a row's dlogits: there it cancels.
     """
     dtype = compute_dtype(logits, codebook, row_temperature, mask_embedding)
     t = temperature_divisor(temperature, row_temperature, dtype)
     shifted = _shift(
         noised_logits(
             logits, temperature, row_temperature, mask, top_k, top_p, seed, row_ids, dtype
-        )
+        ),
+        dtype,
     )
     p = _softmax(shifted, t)
     g = grad.to(dtype)
@@ -161,7 +180,8 @@ def soft_embedding_backward(
     if row_temperature is not None and wanted[2]:
         # An entry with no mass has y = -inf, and takes no part.
         distance = torch.where(p > 0, shifted, 0.0)
-        per_row = -(dlogits * distance).sum(dim=-1) / t.squeeze(-1)  # type: ignore[union-attr]
+        mean = (p * distance).sum(dim=-1, keepdim=True)
+        per_row = -(dlogits * (distance - mean)).sum(dim=-1) / t.squeeze(-1)  # type: ignore[union-attr]
         dtemperature = sum_to_shape(per_row, row_temperature).to(row_temperature.dtype)
     if mask_embedding is not None and mask is not None and wanted[3]:
         masked = torch.where(mask.unsqueeze(-1), g, 0.0)
@@ -192,6 +212,7 @@ def _codebook_gradient(p: Tensor, g: Tensor, mask: Tensor | None, table: Tensor)
     if mask is not None:
         p = torch.where(mask.unsqueeze(-1), 0.0, p)
     vocabulary, width = table.shape[-2:]
+    p, g = _for_sums(p, g)
     with ieee_float32(g):
         if table.dim() == 3:
             groups = table.shape[0]

@@ -273,7 +273,8 @@ def override(config: ConfigT, assignments: Sequence[str]) -> ConfigT:
         if name not in known:
             # A name without its group is the commonest slip: "steps" for "trainer.steps".
             ends = [full for full in known if full.split(".")[-1] == name]
-            hint = f"; did you mean {ends[0]!r}?" if ends else did_you_mean(name, known)
+            meant = " or ".join(map(repr, ends))
+            hint = f"; did you mean {meant}?" if ends else did_you_mean(name, known)
             raise ConfigError(f"no such field of {type(config).__name__}{hint}", field=name)
         _assign(data, name, Text(text))
     return from_dict(type(config), data)
@@ -305,7 +306,8 @@ def descriptions(cls: type) -> dict[str, str]:
                 found.update(dict.fromkeys(entry, head[2]))
             elif inside and line.strip():
                 found.update({name: f"{found[name]} {line.strip()}".strip() for name in entry})
-    return {name: text.replace("``", "") for name, text in found.items()}
+    markup = re.compile(r"``|:\w+:`~?([^`]+)`")  # "``x``" and ":func:`x`" are "x" to a reader
+    return {name: markup.sub(lambda match: match[1] or "", text) for name, text in found.items()}
 
 
 def render(config: DataclassInstance, *, width: int = 110) -> str:

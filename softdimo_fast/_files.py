@@ -10,7 +10,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Writes beside ``path``, brings it to the disk, then gives it its name.
 
     Raises:
-        OSError: it could not be written; what was at ``path`` is as it was.
+        OSError: it could not be written, with ``path`` in the message; what was there is as it was.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -19,6 +19,9 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
+    except OSError as error:  # of a full disk, the system's own does not say which file
+        unfinished.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise

@@ -8,7 +8,9 @@ that was stopped and saved itself in 75; a finished run that failed its own bars
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 WRONG_INPUT, STOPPED, INTERRUPTED = 2, 75, 130
@@ -30,14 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "doctor": doctor.run,
     }
     try:
-        return int(
-            tyro.extras.subcommand_cli_from_dict(
-                commands,
-                prog="softdimo",
-                description="Soft-Di[M]O at memory speed.",
-                args=list(sys.argv[1:] if arguments is None else arguments),
+        with _plain_warnings():
+            return int(
+                tyro.extras.subcommand_cli_from_dict(
+                    commands,
+                    prog="softdimo",
+                    description="Soft-Di[M]O: one-step image generators from masked diffusion teachers.",
+                    args=list(sys.argv[1:] if arguments is None else arguments),
+                    config=(tyro.conf.FlagCreatePairsOff,),
+                )
             )
-        )
     except BrokenPipeError:
         raise  # whoever reads the output has seen enough: `softdimo_command` knows what to do
     except KeyboardInterrupt:
@@ -49,6 +53,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"softdimo: {error}", file=sys.stderr)
         return code
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """This package's warnings are for the user, who has no use for the line of code that gave them."""
+    show = warnings.showwarning
+
+    def plain(message: Any, category: type[Warning], *where: Any, **options: Any) -> None:
+        if category.__module__.startswith("softdimo_fast"):
+            print(f"softdimo: warning: {message}", file=sys.stderr)
+        else:
+            show(message, category, *where, **options)
+
+    warnings.showwarning = plain
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
 
 
 def _exit_code(error: Exception) -> int | None:

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import json as json_format
+from typing import Annotated
 
-import tyro
+from tyro.conf import arg
 
 from softdimo_fast import _config
+from softdimo_fast.cli.arguments import RecipeName
 from softdimo_fast.recipes import RECIPES, recipe
 
 
 def run(
-    recipe_name: tyro.conf.Positional[str],
-    method: str | None = None,
+    recipe_name: RecipeName,
+    method: Annotated[
+        str | None, arg(metavar="METHOD", help_behavior_hint="(default: all of them)")
+    ] = None,
     seed: int = 0,
     json: bool = False,
 ) -> int:
     """Prints the full configuration of a recipe: every setting that decides what a run computes.
 
     Args:
-        recipe_name: for instance digits.
+        recipe_name: digits.
         method: only this one of its methods.
         seed: of the run.
-        json: print JSON, which `softdimo train --config` reads.
+        json: print JSON; that of one method `softdimo train --config` reads.
     """
-    _config.require_choice("softdimo config", "recipe", recipe_name, tuple(RECIPES))
+    _config.require_choice("", "recipe", recipe_name, tuple(RECIPES))
     methods = list(RECIPES[recipe_name]) if method is None else [method]
     configs = {name: recipe(recipe_name, name, seed=seed) for name in methods}
     if json:

@@ -7,10 +7,12 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from softdimo_fast.cli.errors import UsageError
+from softdimo_fast._files import write_atomically
+from softdimo_fast.cli.errors import UsageError, require_folder
 from softdimo_fast.trainers.progress import TerminalProgress
 from softdimo_fast.trainers.stopping import StopRequest
 
@@ -18,7 +20,9 @@ from softdimo_fast.trainers.stopping import StopRequest
 EXTRAS = {"sklearn": "scikit-learn", "PIL": "pillow", "matplotlib": "matplotlib"}
 # Seconds of `_probe` on the machine on which the stages' costs were measured.
 PROBE_SECONDS = 0.30
-FAILED_BARS, STOPPED = 1, 75
+FAILED_BARS = 1
+# What says that a folder holds a demo, and of what.
+MARK = "demo.json"
 
 
 def run(
@@ -34,47 +38,46 @@ def run(
     Args:
         out: the run folder. Stages, checkpoints and logs are kept there.
         seed: of everything random.
-        seeds: how many runs, with seeds seed, seed + 1, ...; their mean is judged too.
+        seeds: how many runs, with the seeds from --seed on; their mean is judged too.
         quick: a few steps of everything, in under a minute: shows that all works, judges nothing.
-        resume: go on in a folder that holds a demo; finished stages are kept.
+        resume: go on with the demo in the folder; finished stages are kept.
         jobs: processes, of one thread each.
     """
     _require(seeds >= 1, "--seeds", seeds, "at least 1")
     _require(jobs >= 1, "--jobs", jobs, "at least 1")
     _require_extras()
-    folders = [out] if seeds == 1 else [out / f"seed_{seed + i}" for i in range(seeds)]
-    for folder in folders:
-        _prepare(folder, resume=resume)
+    folders = (
+        {seed + i: out / f"seed_{seed + i}" for i in range(seeds)} if seeds > 1 else {seed: out}
+    )
+    _prepare(out, folders, quick=quick, resume=resume)
     with StopRequest() as stop:
-        finished = [
-            _one_run(folder, seed + i, quick, jobs, stop) for i, folder in enumerate(folders)
-        ]
+        _announce(folders, quick, jobs)
+        finished = [_one_run(folders[seed], seed, quick, jobs, stop) for seed in folders]
     missed = [bar for metrics in finished for bar in metrics["bars"] if not bar["holds"]]
     if seeds > 1:
         missed += _judge_mean(out, finished)
-    if quick:
-        print("\nA quick run: its images are not good, and the bars are not judged.")
-        return 0
-    return FAILED_BARS if missed else 0
+    return FAILED_BARS if missed and not quick else 0
 
 
 def _one_run(out: Path, seed: int, quick: bool, jobs: int, stop: StopRequest) -> dict[str, Any]:
     """One seed's run: its metrics, which are also in its folder."""
     from softdimo_fast.recipes.demo import demo_stages
+    from softdimo_fast.recipes.stages import Clock
     from softdimo_fast.recipes.workers import run_stages
     from softdimo_fast.report.demo import demo_metrics, write_demo
 
     stages = demo_stages(seed, quick=quick)
-    display = _Display(len(stages))
-    _announce(out, seed, stages, jobs)
-    started = time.monotonic()
+    print(f"seed {seed}, in {out}", flush=True)
+    write_atomically(out / MARK, _mark(seed, quick))
+    display, clock = _Display(), Clock(out)
     try:
         results = run_stages(stages, out, jobs=jobs, display=display, stop=lambda: stop.requested)
     finally:
         display.close()
+        if display.worked:  # a finished demo that is only looked at again stays as it is
+            clock.stop()
     results = {stage.name: results[stage.name] for stage in stages}
-    seconds = time.monotonic() - started if display.earlier == 0 else _stored_seconds(out, results)
-    metrics = demo_metrics(seed, seconds, results, quick=quick)
+    metrics = demo_metrics(seed, clock.seconds, results, quick=quick)
     write_demo(out, stages, results, metrics, command=_command(seed, quick))
     _print_tables(out, stages, metrics)
     return metrics
@@ -99,39 +102,58 @@ def _absent(module: str) -> bool:
     return importlib.util.find_spec(module) is None
 
 
-def _prepare(out: Path, *, resume: bool) -> None:
-    """The folder can be written, and holds a demo only where that is wanted."""
-    out.mkdir(parents=True, exist_ok=True)
-    begun = any((out / name).exists() for name in ("judge", "tokenizer", "metrics.json"))
+def _mark(seed: int, quick: bool) -> bytes:
+    return (json.dumps({"seed": seed, "quick": quick}) + "\n").encode()
+
+
+def _prepare(out: Path, folders: Mapping[int, Path], *, quick: bool, resume: bool) -> None:
+    """The folders can be written, and hold this very demo where one is to be resumed, else none."""
+    begun = {seed: folder for seed, folder in folders.items() if (folder / MARK).exists()}
+    others = out.glob(f"seed_*/{MARK}") if len(folders) == 1 else out.glob(MARK)
+    for other in others:
+        raise UsageError(
+            f"{out} holds a demo of {'several seeds' if len(folders) == 1 else 'one seed'} "
+            f"({other}): --out names another folder"
+        )
     if begun and not resume:
         raise UsageError(
             f"{out} holds a demo already: --resume goes on with it, --out names another folder"
         )
     if resume and not begun:
         raise UsageError(f"{out} holds no demo to resume: leave out --resume to start one")
-    probe = out / ".writable"
-    probe.touch()
-    probe.unlink()
+    for seed, folder in begun.items():
+        stored = (folder / MARK).read_bytes()
+        if stored != _mark(seed, quick):
+            raise UsageError(
+                f"{folder} holds another demo, of {stored.decode(errors='replace').strip()}: give --seed and "
+                "--quick as it has them, or another folder by --out"
+            )
+    for folder in folders.values():
+        require_folder("--out", folder)
 
 
-def _announce(out: Path, seed: int, stages: Sequence[Any], jobs: int) -> None:
+def _announce(folders: Mapping[int, Path], quick: bool, jobs: int) -> None:
+    """What is to do, and about how long it will take."""
+    from softdimo_fast.recipes.demo import demo_stages
     from softdimo_fast.recipes.stages import estimate, load_result
 
-    left = [stage for stage in stages if load_result(stage, out / stage.name) is None]
-    done = {stage.name for stage in stages} - {stage.name for stage in left}
-    print(f"Soft-Di[M]O on the digits: seed {seed}, {out}")
-    if left:
-        open_needs = [_without(stage, done) for stage in left]
-        seconds = estimate(open_needs, jobs, scale=_probe() / PROBE_SECONDS)
-        print(
-            f"{len(left)} stages, {jobs} processes: about {_duration(seconds)} if the cores are idle"
-        )
+    costs, count = [], 0
+    for seed, folder in folders.items():
+        stages = {stage.name: stage for stage in demo_stages(seed, quick=quick)}
+        left = [s for s in stages.values() if load_result(s, folder / s.name) is None]
+        done = stages.keys() - {stage.name for stage in left}
+        costs.append(estimate([_without(stage, done) for stage in left], jobs))
+        count += len(left)
+    print("Soft-Di[M]O on handwritten digits")
+    if count:
+        seconds = sum(costs) * _probe() / PROBE_SECONDS
+        print(f"{count} stages in {jobs} processes: about {_duration(seconds)} on this machine")
+    if quick:
+        print("A quick run: a few steps of everything. Its images are not good.")
     sys.stdout.flush()
 
 
 def _without(stage: Any, done: set[str]) -> Any:
-    from dataclasses import replace
-
     return replace(stage, needs=tuple(need for need in stage.needs if need not in done))
 
 
@@ -161,28 +183,38 @@ def _probe() -> float:
 
 
 class _Display:
-    """A bar for each stage on a terminal, plain lines elsewhere."""
+    """A bar for each stage on a terminal, plain lines elsewhere.
 
-    def __init__(self, count: int) -> None:
-        self.count, self.finished, self.earlier = count, 0, 0
-        self._bars: dict[str, TerminalProgress] = {}
+    Attributes:
+        worked: whether any stage ran now.
+    """
+
+    def __init__(self) -> None:
+        self.worked = False
+        self._bars: dict[str, tuple[TerminalProgress, int]] = {}
+        self._finished: set[str] = set()
 
     def update(self, stage: Any, done: int, total: int) -> None:
-        if stage.name not in self._bars:
-            self._bars[stage.name] = TerminalProgress(total, stage.title, first=0)
-        self._bars[stage.name].update(done)
+        if stage.name in self._finished:  # a message that its result overtook
+            return
+        self.worked = True
+        if stage.name not in self._bars:  # a resumed one does not begin at 0
+            self._bars[stage.name] = TerminalProgress(total, stage.title, first=done), total
+        self._bars[stage.name][0].update(done)
 
     def finish(self, stage: Any, result: Any, *, earlier: bool) -> None:
-        self.finished += 1
-        self.earlier += earlier
-        bar = self._bars.pop(stage.name, None)
+        self.worked = self.worked or not earlier
+        self._finished.add(stage.name)
+        bar, total = self._bars.pop(stage.name, (None, 0))
         if bar is not None:
+            bar.update(total)
             bar.close()
-        elif earlier:
-            print(f"{stage.title}: done before ({_duration(result.seconds)})", file=sys.stderr)
+        else:
+            when = "done before" if earlier else "done"
+            print(f"{stage.title}: {when} ({_duration(result.seconds)})", file=sys.stderr)
 
     def close(self) -> None:
-        for bar in self._bars.values():
+        for bar, _ in self._bars.values():
             bar.close()
         self._bars.clear()
 
@@ -191,22 +223,12 @@ class _Display:
 # at the end
 
 
-def _stored_seconds(out: Path, results: Mapping[str, Any]) -> float:
-    """Of a resumed run: the wall time of the run that finished it, or else the sum of its stages."""
-    try:
-        stored = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-        return float(stored["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return float(sum(result.seconds for result in results.values()))
-
-
 def _command(seed: int, quick: bool) -> str:
     return f"softdimo demo --seed {seed}" + (" --quick" if quick else "")
 
 
 def _judge_mean(out: Path, finished: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The bars over all seeds, written to ``metrics.json`` beside the runs; those that do not hold."""
-    from softdimo_fast._files import write_atomically
     from softdimo_fast.recipes.evaluation import bars_over_seeds
 
     over_seeds = bars_over_seeds(finished)
@@ -229,7 +251,7 @@ def _print_tables(out: Path, stages: Sequence[Any], metrics: Mapping[str, Any]) 
     print("\nwanted digit   hit rate        fd")
     for name, row in metrics["search"].items():
         print(f"{name:14}{row['hit_rate']:9.3f} {row['fd']:9.3f}")
-    print()
+    print("\nbars" + (", which a quick run need not reach" if metrics["quick"] else ""))
     _print_bars([*metrics["bars"]])
     extra = metrics["stretch"]
     print(
@@ -237,10 +259,10 @@ def _print_tables(out: Path, stages: Sequence[Any], metrics: Mapping[str, Any]) 
         f"(wanted {extra['sense']} {extra['bound']:g})"
     )
     titles = {stage.name: stage.title for stage in stages}
-    print("\nseconds: " + ", ".join(
-        f"{titles[name]} {seconds:.0f}" for name, seconds in metrics["stage_seconds"].items()
-    ))  # fmt: skip
-    print(f"in all {_duration(metrics['seconds'])}. Open {out / 'report.html'}")
+    print("\nseconds of each stage")
+    for name, seconds in metrics["stage_seconds"].items():
+        print(f"  {titles[name]:24}{seconds:8.1f}")
+    print(f"in all {_duration(metrics['seconds'])}. Open {out / 'report.html'}", flush=True)
 
 
 def _print_bars(bars: Sequence[Mapping[str, Any]]) -> None:

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import tyro
+from tyro.conf import arg
 
 from softdimo_fast import _config
-from softdimo_fast.cli.errors import UsageError
+from softdimo_fast.cli.arguments import Changes, RunFolder
+from softdimo_fast.cli.errors import UsageError, require_folder
+
+RECIPES_OWN = "(default: the recipe's)"
 
 
 def run(
-    run_folder: tyro.conf.Positional[Path],
+    run_folder: RunFolder,
     out: Path = Path("samples.png"),
     count: int = 64,
-    condition: int | None = None,
+    condition: Annotated[
+        int | None, arg(metavar="INT", help_behavior_hint="(default: all classes in turn)")
+    ] = None,
     seed: int = 0,
-    decode: Literal["sample", "argmax", "soft"] = "sample",
-    steps: int | None = None,
-    temperature: float | None = None,
-    set: tuple[str, ...] = (),  # the option's name, and nothing here needs the builtin
+    decode: Annotated[
+        Literal["sample", "argmax", "soft"] | None,
+        arg(metavar="{sample,argmax,soft}", help_behavior_hint="(default: sample)"),
+    ] = None,
+    steps: Annotated[int | None, arg(metavar="INT", help_behavior_hint=RECIPES_OWN)] = None,
+    temperature: Annotated[
+        float | None, arg(metavar="FLOAT", help_behavior_hint=RECIPES_OWN)
+    ] = None,
+    set: Changes = (),  # the option's name, and nothing here needs the builtin
 ) -> int:
     """Samples a trained generator in one step, or a teacher in several.
 
@@ -28,21 +38,21 @@ def run(
         run_folder: of a finished distillation, adversarial or reward run, or of a teacher.
         out: a .png, or a .safetensors with the images [count, channels, height, width] in [-1, 1].
         count: how many images.
-        condition: the class of all images; all classes in turn if not given.
+        condition: the class of all images.
         seed: of the images: the same seed gives the same images.
         decode: a generator's tokens sampled, the likeliest ones, or the soft embedding.
         steps: of a teacher's sampler.
-        temperature: of the tokens' softmax; the recipe's if not given.
+        temperature: of the tokens' softmax.
         set: further settings of the sampler, as initial_ratio=0.7 or confidence_temperature=2.
     """
     from softdimo_fast._files import write_atomically
 
-    _config.require_range("softdimo sample", "count", count, minimum=1)
+    _config.require_range("", "--count", count, minimum=1)
     encode = _encoder(out)
+    require_folder("--out: its parent", out.parent)
     changes = list(set)
     changes += [f"temperature={temperature}"] if temperature is not None else []
     images = _images(run_folder, count, condition, seed, decode, steps, changes)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, encode(images))
     print(f"{count} images in {out}")
     return 0
@@ -68,15 +78,19 @@ def _images(
     import torch
 
     from softdimo_fast.diffusion import Draws, confidence_sample, one_step_sample
-    from softdimo_fast.recipes.build import finished_run, trained_role
+    from softdimo_fast.recipes.build import beside, finished_run, trained_role
     from softdimo_fast.recipes.runs import GeneratorRun, TeacherRun
 
     settings = finished_run(folder)
     if not isinstance(settings, GeneratorRun | TeacherRun):
         raise UsageError(f"{folder} holds a {type(settings).__name__}, which makes no images")
-    tokenizer = trained_role(folder.parent / settings.tokenizer, "tokenizer")
+    tokenizer = trained_role(beside(folder, settings.tokenizer), "tokenizer")
     draws = Draws.of(seed, 0, count).fork("sample")
     if isinstance(settings, TeacherRun):
+        if decode is not None:
+            raise UsageError(
+                f"--decode is a generator's: the teacher in {folder} samples its tokens, got {decode}"
+            )
         if steps is not None:
             changes = [*changes, f"steps={steps}"]
         model = trained_role(folder, "teacher")
@@ -91,7 +105,7 @@ def _images(
     model = trained_role(folder, "student")
     one_step = _config.override(settings.generator.one_step, changes)
     classes = _classes(model, count, condition)
-    return one_step_sample(model, tokenizer, classes, draws, one_step, decode=decode)
+    return one_step_sample(model, tokenizer, classes, draws, one_step, decode=decode or "sample")
 
 
 def _classes(model: Any, count: int, condition: int | None) -> Any:
@@ -100,5 +114,5 @@ def _classes(model: Any, count: int, condition: int | None) -> Any:
     classes = model.config.conditions
     if condition is None:
         return torch.arange(count) % classes
-    _config.require_range("softdimo sample", "condition", condition, minimum=0, maximum=classes - 1)
+    _config.require_range("", "--condition", condition, minimum=0, maximum=classes - 1)
     return torch.full((count,), condition)

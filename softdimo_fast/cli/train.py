@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import tyro
+from tyro.conf import arg
 
 from softdimo_fast import _config
-from softdimo_fast.cli.errors import UsageError
+from softdimo_fast.cli.arguments import Changes, ConfigFile, MethodName, RecipeName, Seed
+from softdimo_fast.cli.errors import UsageError, require_folder
 from softdimo_fast.recipes import recipe
+from softdimo_fast.trainers import checkpoint
 from softdimo_fast.trainers.progress import TerminalProgress
 
 
 def run(
-    method: tyro.conf.Positional[str],
-    recipe_name: tyro.conf.Positional[str],
-    out: Path | None = None,
-    seed: int = 0,
-    config: Path | None = None,
-    set: tuple[str, ...] = (),  # the option's name, and nothing here needs the builtin
+    method: MethodName,
+    recipe_name: RecipeName,
+    out: Annotated[
+        Path | None, arg(metavar="PATH", help_behavior_hint="(default: runs/METHOD)")
+    ] = None,
+    seed: Seed = None,
+    config: ConfigFile = None,
+    set: Changes = (),  # the option's name, and nothing here needs the builtin
     resume: bool = False,
 ) -> int:
     """Trains one method of a recipe: tokenizer, teacher, distillation, adversarial, reward, ...
@@ -30,10 +34,11 @@ def run(
 
     Args:
         method: `softdimo config RECIPE` lists them.
-        recipe_name: for instance digits.
-        out: the run folder; runs/METHOD if not given.
+        recipe_name: digits.
+        out: the run folder.
         seed: of everything random.
-        config: a JSON file with the whole configuration, as `softdimo config --json --method` prints it.
+        config: a JSON file with the whole configuration, in place of the recipe's, as
+            `softdimo config RECIPE --method METHOD --json` prints it.
         set: settings to change, as trainer.steps=100 distillation.guidance_scale=2.
         resume: go on from the newest checkpoint in the folder.
     """
@@ -44,25 +49,38 @@ def run(
     if isinstance(settings, TestTimeRun):
         raise UsageError(f"{method} trains nothing: it is `softdimo tteo {recipe_name}`")
     folder = Path("runs") / method if out is None else out
+    _require_state(folder, resume=resume)
     trainer = build_trainer(settings, folder)
+    require_folder("--out", folder)
     if resume:
         trainer.resume()
     steps = settings.trainer.steps
     trainer.progress = TerminalProgress(steps, method, first=trainer.step)
-    try:
-        trainer.run()
-    finally:
-        trainer.progress.close()
+    trainer.run()
     print(f"{method}: {steps} steps, in {folder}")
     return 0
 
 
+def _require_state(folder: Path, *, resume: bool) -> None:
+    begun = bool(checkpoint.find(folder / "checkpoints"))
+    if begun and not resume:
+        raise UsageError(
+            f"{folder} holds a run already: --resume goes on with it, --out names another folder"
+        )
+    if resume and not begun:
+        raise UsageError(
+            f"--resume: {folder} holds no run (no checkpoint was found); leave it out to start one"
+        )
+
+
 def load_settings(
-    recipe_name: str, method: str, seed: int, config: Path | None, changes: tuple[str, ...]
+    recipe_name: str, method: str, seed: int | None, config: Path | None, changes: tuple[str, ...]
 ) -> Any:
     """The recipe's config, or that of a file, with changes; checked before any work."""
-    settings = recipe(recipe_name, method, seed=seed)
+    settings = recipe(recipe_name, method, seed=seed or 0)
     if config is not None:
+        if seed is not None:
+            raise UsageError(f"--seed {seed}: the seed is that in --config; --set changes it")
         try:
             document = json.loads(config.read_text(encoding="utf-8"))
         except ValueError as error:

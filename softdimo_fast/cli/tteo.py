@@ -5,29 +5,29 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import tyro
-
+from softdimo_fast.cli.arguments import Changes, ConfigFile, RecipeName, Seed
+from softdimo_fast.cli.errors import require_folder
 from softdimo_fast.cli.train import load_settings
 
 
 def run(
-    recipe_name: tyro.conf.Positional[str],
+    recipe_name: RecipeName,
     runs: Path = Path("runs/demo"),
     out: Path = Path("tteo"),
-    seed: int = 0,
-    config: Path | None = None,
-    set: tuple[str, ...] = (),  # the option's name, and nothing here needs the builtin
+    seed: Seed = None,
+    config: ConfigFile = None,
+    set: Changes = (),  # the option's name, and nothing here needs the builtin
 ) -> int:
     """Searches generator inputs for images of every wanted class; changes no weight.
 
     Writes a picture (before above after) and the rewards of each sample.
 
     Args:
-        recipe_name: for instance digits.
+        recipe_name: digits.
         runs: the folder with the runs that the configuration names: generator, tokenizer, classifier.
         out: the folder for tteo.png and tteo.json.
         seed: of the generator's inputs.
-        config: a JSON file with the whole configuration.
+        config: a JSON file with the whole configuration, in place of the recipe's.
         set: settings to change, as search.candidates=4 search.iterations=2 samples=100.
     """
     import torch
@@ -48,7 +48,7 @@ def run(
     )
     wanted = torch.arange(settings.samples) % 10
     draws = Draws.of(settings.seed, 0, settings.samples).fork("search")
-    out.mkdir(parents=True, exist_ok=True)
+    require_folder("--out", out)
     with StopRequest() as stop:
         try:
             found = optimizer(wanted % 2, wanted, draws, stop=lambda: stop.requested)

@@ -7,9 +7,12 @@ convolutions there, a perceptron here. Neither has dropout, which would draw fro
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional
+
+from softdimo_fast import _config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +24,10 @@ class _ImageClassifierConfig:
     num_classes: int = 10
 
     def __post_init__(self) -> None:
+        _config.require_types(self)
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(
-                    f"{type(self).__name__}: {field.name} must be an int >= 1, got {value!r}"
-                )
+            if field.name != "kind":
+                _config.require_range(self, field.name, getattr(self, field.name), minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,17 +40,16 @@ class ConvClassifierConfig(_ImageClassifierConfig):
         num_classes: number of logits.
         width: channels of the first convolution; the others have twice as many.
         feature_dim: length of the feature vector.
+        kind: tells the two classifiers' configs apart where either may stand.
     """
 
+    kind: Literal["conv"] = "conv"
     width: int = 16
     feature_dim: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.image_size % 2:
-            raise ValueError(
-                f"ConvClassifierConfig: image_size must be even, got {self.image_size}"
-            )
+        _config.require(self.image_size % 2 == 0, self, "image_size", self.image_size, "even")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +61,10 @@ class MlpClassifierConfig(_ImageClassifierConfig):
         channels: of the images.
         num_classes: number of logits.
         width: of the two hidden layers.
+        kind: tells the two classifiers' configs apart where either may stand.
     """
 
+    kind: Literal["mlp"] = "mlp"
     width: int = 128
 
 

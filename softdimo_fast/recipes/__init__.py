@@ -30,6 +30,6 @@ def recipe(name: str, method: str, *, seed: int = 0) -> Any:
     Raises:
         ConfigError: there is no such recipe or method; the nearest is named.
     """
-    _config.require_choice("softdimo", "recipe", name, tuple(RECIPES))
-    _config.require_choice("softdimo", "method", method, tuple(RECIPES[name]))
+    _config.require_choice("", "recipe", name, tuple(RECIPES))
+    _config.require_choice("", "method", method, tuple(RECIPES[name]))
     return RECIPES[name][method](seed)

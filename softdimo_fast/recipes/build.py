@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from softdimo_fast import _config
 from softdimo_fast.data import load_digits, parity, random_affine
+from softdimo_fast.data.digits import NUM_DIGITS
 from softdimo_fast.data.source import ImageSource, TokenSource, UniformConditions
 from softdimo_fast.diffusion import Draws
 from softdimo_fast.models import Tokenizer, create, describe, rebuild
@@ -58,7 +60,11 @@ def trained_role(folder: Path, role: str) -> Any:
         CheckpointError: its checkpoint is damaged, or has no such role.
     """
     loaded = _finished(folder)
-    module = rebuild(loaded.config.get("models", {}).get(role))
+    models = loaded.config.get("models", {})
+    if role not in models:
+        there = ", ".join(models) or "none"
+        raise checkpoint.CheckpointError(f"{loaded.path}: no model {role!r}; there are: {there}")
+    module = rebuild(models[role])
     name = f"{role}_average" if f"{role}_average" in loaded.tensors else role
     checkpoint.restore(f"{loaded.path}, {name}", module.state_dict(), loaded.group(name))
     return module.eval().requires_grad_(False)
@@ -87,7 +93,7 @@ def _finished(folder: Path) -> checkpoint.Checkpoint:
     steps = loaded.config.get("run", {}).get("trainer", {}).get("steps")
     if loaded.step != steps:
         raise MissingRunError(
-            f"the run in {folder} stands at step {loaded.step} of {steps}: finish it first (--resume)"
+            f"the run in {folder} stands at step {loaded.step} of {steps}: finish it first, by a resume"
         )
     return loaded
 
@@ -132,7 +138,10 @@ def build_trainer(run: TrainingRun, folder: Path, progress: Progress | None = No
 
     Raises:
         MissingRunError, CheckpointError: a run that this one needs is missing or damaged.
+        ConfigError: the model does not fit the data or the tokenizer, or the device is not there.
     """
+    _require_device(run)
+    _require_sizes(run)
     if isinstance(run, GeneratorRun):
         return _generator_trainer(run, folder, progress)
     if isinstance(run, ClassifierRun):
@@ -149,6 +158,34 @@ def build_trainer(run: TrainingRun, folder: Path, progress: Progress | None = No
     )  # fmt: skip
 
 
+# What the digits ask of a model. A condition too many would not even fail: it is the unconditional one.
+_SIZES: dict[type, dict[str, int]] = {
+    ClassifierRun: {"image_size": 8, "channels": 1, "num_classes": NUM_DIGITS},
+    TokenizerRun: {"grid": 4, "channels": 1},
+    TeacherRun: {"conditions": 2},
+}
+
+
+def _require_sizes(run: TrainingRun) -> None:
+    """Said before any work, not by an index error."""
+    for name, size in _SIZES.get(type(run), {}).items():
+        value = getattr(run.model, name)  # type: ignore[union-attr]
+        _config.require(
+            value == size, run, f"model.{name}", value, f"{size}, as the digits have it"
+        )
+
+
+def _require_device(run: TrainingRun) -> None:
+    # No check of the config's: a config is as valid where the device is not.
+    try:
+        torch.empty(0, device=run.trainer.device)
+    except (RuntimeError, AssertionError) as error:
+        _config.require(
+            False, run, "trainer.device", run.trainer.device,
+            f"a device of this machine ({str(error).splitlines()[0]})",
+        )  # fmt: skip
+
+
 def _record(run: TrainingRun, roles: Any) -> dict[str, Any]:
     """What a checkpoint says about its run: the config, and how to build each trained model again."""
     models = {}
@@ -159,46 +196,50 @@ def _record(run: TrainingRun, roles: Any) -> dict[str, Any]:
 
 
 def _teacher_method(run: TeacherRun, folder: Path) -> TeacherMethod:
-    tokenizer = trained_role(_input(folder, run.tokenizer), "tokenizer")
-    _require_match(run, tokenizer)
+    tokenizer = trained_role(beside(folder, run.tokenizer), "tokenizer")
+    _require_match("TeacherRun", run.model, tokenizer)
     teacher = create(run.model, seed=run.trainer.seed)
     return TeacherMethod(teacher, digits_tokens(tokenizer, run.data, run.trainer), run.method)
 
 
-def _require_match(run: TeacherRun, tokenizer: Tokenizer) -> None:
-    """The teacher predicts the tokenizer's tokens: said before any work, not by an index error."""
+def _require_match(owner: str, model: Any, tokenizer: Tokenizer) -> None:
+    """The model predicts the tokenizer's tokens: said before any work, not by an index error."""
     vocabulary, (length,) = tokenizer.codebook.shape[-2], tokenizer.token_shape
     for name, expected in (("vocabulary", vocabulary), ("length", length)):
-        value = getattr(run.model, name)
+        value = getattr(model, name)
         _config.require(
-            value == expected, "TeacherRun", f"model.{name}", value, f"{expected}, the tokenizer's"
+            value == expected, owner, f"model.{name}", value, f"{expected}, the tokenizer's"
         )
 
 
-def _input(folder: Path, name: str) -> Path:
-    """The folder of another run, named relative to where ``folder`` is."""
-    return folder.parent / name
+def beside(folder: Path, name: str) -> Path:
+    """The folder of another run, named relative to where ``folder`` is; "." and ".." are places too."""
+    return Path(os.path.abspath(folder)).parent / name
 
 
 def _generator_trainer(
     run: GeneratorRun, folder: Path, progress: Progress | None
 ) -> GeneratorTrainer:
     device = torch.device(run.trainer.device)
-    teacher = trained_role(_input(folder, run.teacher), "teacher").to(device)
-    start = None if run.start is None else _finished(_input(folder, run.start))
-    student = _started(copy.deepcopy(teacher), start, "student_average")
+    teacher = trained_role(beside(folder, run.teacher), "teacher").to(device)
+    start = None if run.start is None else _finished(beside(folder, run.start))
+    student = copy.deepcopy(teacher)
+    if start is not None:  # one that made no generator is refused; the other roles it may lack
+        average = start.group("student_average")
+        checkpoint.restore(f"{start.path}, student_average", student.state_dict(), average)
     objectives: list[Objective] = []
     if run.distillation is not None:
         auxiliary = _started(copy.deepcopy(teacher), start, "auxiliary")
         objectives.append(DistributionMatching(teacher, auxiliary, run.distillation))
     if run.adversarial is not None or run.reward is not None:
-        tokenizer = trained_role(_input(folder, run.tokenizer), "tokenizer")
+        tokenizer = trained_role(beside(folder, run.tokenizer), "tokenizer")
+        _require_match("GeneratorRun: teacher", teacher.config, tokenizer)
         if run.adversarial is not None:
             real = digits_tokens(tokenizer, run.data, run.trainer)
             heads = _started(_heads(run.adversarial, teacher, run.trainer.seed), start, "heads")
             objectives.append(Adversarial(teacher, heads.to(device), real, run.adversarial))
         if run.reward is not None:
-            reward = parity_reward(_input(folder, run.reward_classifier)).to(device)
+            reward = parity_reward(beside(folder, run.reward_classifier)).to(device)
             objectives.append(RewardObjective(tokenizer.to(device), reward, run.reward))
     conditions = UniformConditions(teacher.config.conditions)
     trainer = GeneratorTrainer(

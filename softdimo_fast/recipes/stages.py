@@ -5,9 +5,11 @@ A finished stage leaves ``result.json`` (and ``images.safetensors``) in its fold
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,7 +90,7 @@ def run_stage(stage: Stage, context: StageContext) -> StageResult:
     if finished is not None:
         return finished
     context.folder.mkdir(parents=True, exist_ok=True)
-    clock = _Clock(context.folder)
+    clock = Clock(context.folder)
     try:
         result = stage.work(context)
     finally:
@@ -109,10 +111,12 @@ def load_result(stage: Stage, folder: Path) -> StageResult | None:
         return None
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        config, values, seconds = stored["config"], stored["values"], float(stored["seconds"])
+        config, values, digest = dict(stored["config"]), dict(stored["values"]), stored["images"]
+        seconds = float(stored["seconds"])
     except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
         raise StageMismatchError(
-            f"{path} is damaged ({error}): remove it to run the stage {stage.name!r} again"
+            f"{path} is damaged ({reason}): remove it to run the stage {stage.name!r} again"
         ) from error
     changes = _config.difference(config, stage.config)
     if changes:
@@ -120,54 +124,61 @@ def load_result(stage: Stage, folder: Path) -> StageResult | None:
             f"{folder} holds a result of another configuration:\n  " + "\n  ".join(changes)
             + "\nUse that configuration, or another folder."
         )  # fmt: skip
-    return StageResult(values, _load_images(folder, stage), seconds)
+    images = {} if digest is None else _load_images(folder, stage, digest)
+    return StageResult(values, images, seconds)
 
 
-def _load_images(folder: Path, stage: Stage) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _load_images(folder: Path, stage: Stage, digest: str) -> dict[str, Tensor]:
+    from safetensors.torch import load
 
     path = folder / "images.safetensors"
-    if not path.exists():
-        return {}
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise ValueError("its sha256 differs")
+    except (ValueError, OSError) as error:
         raise StageMismatchError(
             f"{path} is damaged ({error}): remove {folder / 'result.json'} to run the stage "
             f"{stage.name!r} again"
         ) from error
+    return load(data)
 
 
 def _save_result(stage: Stage, folder: Path, result: StageResult) -> None:
     """result.json comes last: it says that the stage is finished."""
     from safetensors.torch import save
 
+    digest = None
     if result.images:
-        tensors = {name: images.contiguous() for name, images in result.images.items()}
-        write_atomically(folder / "images.safetensors", save(tensors))
-    document = {"config": stage.config, "values": result.values, "seconds": result.seconds}
+        data = save({name: images.contiguous() for name, images in result.images.items()})
+        digest = hashlib.sha256(data).hexdigest()
+        write_atomically(folder / "images.safetensors", data)
+    document = {
+        "config": stage.config, "values": result.values, "images": digest,
+        "seconds": result.seconds,
+    }  # fmt: skip
     write_atomically(folder / "result.json", json.dumps(document, indent=1).encode())
 
 
-class _Clock:
-    """Seconds of work in a folder, over all attempts."""
+class Clock:
+    """Seconds of work in a folder, over all attempts.
+
+    Attributes:
+        seconds: of earlier attempts; after :meth:`stop`, of this one too.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "seconds"
-        try:
-            self._before = float(self._path.read_text())
-        except (OSError, ValueError):
-            self._before = 0.0
+        self.seconds = 0.0
+        with suppress(OSError, ValueError):  # no earlier attempt, or none that was remembered
+            self.seconds = float(self._path.read_text())
         self._start = time.monotonic()
 
-    @property
-    def seconds(self) -> float:
-        return self._before + time.monotonic() - self._start
-
     def stop(self) -> None:
-        """Remembers the seconds, in case that the work was not finished."""
-        write_atomically(self._path, f"{self.seconds:.3f}".encode())
+        """Adds the time since the start, and remembers the sum for later attempts."""
+        self.seconds = round(self.seconds + time.monotonic() - self._start, 3)
+        with suppress(OSError):  # a full disk; what ended the work says so, this must not hide it
+            write_atomically(self._path, str(self.seconds).encode())
 
 
 def estimate(stages: Sequence[Stage], jobs: int, *, scale: float = 1.0) -> float:

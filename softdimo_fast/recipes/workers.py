@@ -7,11 +7,13 @@ import os
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,10 +26,13 @@ from softdimo_fast.recipes.stages import (
     run_stage,
 )
 from softdimo_fast.trainers import Stopped
+from softdimo_fast.trainers.stopping import SIGNALS
 
 # One thread a process, and idle threads that sleep: spinning ones make small models 5 to 30 times slower
 # where two processes share two cores.
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+# Seconds that an idle worker lives on after the end was announced, to hand over its last result.
+GRACE = 5.0
 
 
 class Display(Protocol):
@@ -83,21 +88,28 @@ class _Workers:
         context = multiprocessing.get_context("spawn")
         self.jobs, self.out = jobs, out
         self.messages: Any = context.Queue()
-        self.stopping: Any = context.Event()
+        # Not an Event: its lock, if a worker was killed while it held it, would stop all others.
+        self._stopping: Any = context.RawValue("b", 0)
         self._pool = ProcessPoolExecutor(
             jobs, mp_context=context, initializer=_start_worker,
-            initargs=(self.messages, self.stopping),
+            initargs=(self.messages, self._stopping),
         )  # fmt: skip
 
     def submit(self, stage: Stage) -> Future[StageResult]:
-        with _environment(THREADS):  # workers start at the first submissions, and inherit it
+        # Workers start at the first submissions, and inherit both: the variables, and that a signal waits
+        # until they can ignore it.
+        with _environment(THREADS), _held_back(SIGNALS):
             return self._pool.submit(_work, stage, self.out / stage.name)
+
+    def stop(self) -> None:
+        """Asks the running stages to save themselves."""
+        self._stopping.value = 1
 
     def __enter__(self) -> _Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stopping.set()
+        self.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self.messages.close()
 
@@ -117,17 +129,25 @@ class _Scheduler:
             done, _ = wait(self.running, timeout=0.2, return_when=FIRST_COMPLETED)
             self._show()
             for future in done:
-                stage = self.running.pop(future)
-                try:
-                    self.results[stage.name] = future.result()
-                except BrokenProcessPool as error:
-                    raise WorkerError(
-                        f"the process of the stage {stage.name!r} died (out of memory, or killed); what was "
-                        "saved is kept"
-                    ) from error
-                self.display.finish(stage, self.results[stage.name], earlier=False)
-            if self.stop():
+                self._finish(future)
+            if self.stop() and (self.waiting or self.running):
                 self._stop()
+
+    def _finish(self, future: Future[StageResult]) -> None:
+        try:
+            result = future.result()
+        except BrokenProcessPool as error:
+            raise self._worker_error() from error
+        stage = self.running.pop(future)
+        self.results[stage.name] = result
+        self.display.finish(stage, result, earlier=False)
+
+    def _worker_error(self) -> WorkerError:
+        titles = ", ".join(stage.title for stage in self.running.values()) or "no stage"
+        return WorkerError(
+            f"a worker process died (killed, or out of memory) while these ran: {titles}. What was saved is "
+            "kept: --resume goes on"
+        )
 
     def _start(self) -> None:
         for stage in list(self.waiting):
@@ -135,7 +155,10 @@ class _Scheduler:
                 return
             if all(need in self.results for need in stage.needs):
                 self.waiting.remove(stage)
-                self.running[self.workers.submit(stage)] = stage
+                try:
+                    self.running[self.workers.submit(stage)] = stage
+                except BrokenProcessPool as error:  # an idle worker died
+                    raise self._worker_error() from error
 
     def _show(self) -> None:
         while True:
@@ -146,10 +169,14 @@ class _Scheduler:
             self.display.update(self.stages[message.stage], message.done, message.total)
 
     def _stop(self) -> None:
-        self.workers.stopping.set()
+        self.workers.stop()
         wait(self.running)
-        names = ", ".join(stage.title for stage in self.running.values())
-        raise Stopped(f"stopped in {names or 'no stage'}; saved, --resume goes on")
+        for future in list(self.running):
+            with suppress(Stopped):  # another error is one: that stage is not saved
+                self._finish(future)
+        left = [*self.running.values(), *self.waiting]
+        if left:
+            raise Stopped(f"stopped, and saved: --resume goes on with {left[0].title}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -157,14 +184,17 @@ class _Scheduler:
 
 _MESSAGES: Any = None
 _STOPPING: Any = None
+_WORKING = threading.Lock()
 
 
 def _start_worker(messages: Any, stopping: Any) -> None:
     global _MESSAGES, _STOPPING
     _MESSAGES, _STOPPING = messages, stopping
+    messages.cancel_join_thread()  # the end of a worker does not wait for a reader of its progress
     # Ctrl-C reaches the whole process group: the parent alone decides, and tells by the flag.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     threading.Thread(target=_follow_parent, daemon=True).start()
     import torch
 
@@ -172,18 +202,42 @@ def _start_worker(messages: Any, stopping: Any) -> None:
 
 
 def _follow_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """Ends this process when it is of no more use: else it would wait for work for ever.
+
+    At once if the parent was killed. After the end was announced, once the last result is handed over: the
+    pool does that itself, but not when another worker died.
+    """
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    while not _stopping():
+        if parent is not None and wait_for([parent.sentinel], timeout=0.5):
+            os._exit(1)
+    with _WORKING:
+        pass  # the running stage has saved itself
+    time.sleep(GRACE)
+    os._exit(0)
+
+
+def _stopping() -> bool:
+    return bool(_STOPPING.value)
 
 
 def _work(stage: Stage, folder: Path) -> StageResult:
     def report(done: int, total: int) -> None:
         _MESSAGES.put(_Message(stage.name, done, total))
 
-    return run_stage(stage, StageContext(folder, report, _STOPPING.is_set))
+    with _WORKING:
+        if _stopping():
+            raise Stopped("stopped before it began")
+        return run_stage(stage, StageContext(folder, report, _stopping))
+
+
+@contextmanager
+def _held_back(signals: Sequence[signal.Signals]) -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -17,7 +17,8 @@ class StopRequest:
             while not done and not stop.requested:
                 step()
 
-    The handlers of before are back afterwards. Python lets only the main thread handle signals: entered in
+    A signal that the process ignores (under nohup, say) stays ignored. The handlers of before are back
+    afterwards. Python lets only the main thread handle signals: entered in
     another one, ``request`` is the only way to stop.
     """
 
@@ -44,7 +45,8 @@ class StopRequest:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                self._before[number] = signal.signal(number, self._handle)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(

@@ -78,11 +78,15 @@ def test_other_shapes() -> None:
 def test_configs_are_frozen_and_checked() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         ConvClassifierConfig().width = 3  # type: ignore[misc]
-    with pytest.raises(ValueError, match="ConvClassifierConfig: width must be an int >= 1, got 0"):
+    with pytest.raises(
+        ValueError, match=r"ConvClassifierConfig\.width: must be a number >= 1, got 0"
+    ):
         ConvClassifierConfig(width=0)
-    with pytest.raises(ValueError, match="image_size must be even, got 9"):
+    with pytest.raises(ValueError, match=r"image_size: must be even, got 9"):
         ConvClassifierConfig(image_size=9)
-    with pytest.raises(ValueError, match=r"MlpClassifierConfig: channels must be .* got 1\.5"):
+    with pytest.raises(
+        ValueError, match=r"MlpClassifierConfig\.channels: must be an integer, got 1\.5"
+    ):
         MlpClassifierConfig(channels=1.5)  # type: ignore[arg-type]
 
 

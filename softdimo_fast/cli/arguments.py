@@ -1,0 +1,15 @@
+"""Argument types that commands share, as their help shows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+MethodName = Annotated[str, Positional, arg(metavar="METHOD")]
+RecipeName = Annotated[str, Positional, arg(metavar="RECIPE")]
+RunFolder = Annotated[Path, Positional, arg(metavar="RUN")]
+Seed = Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 0)")]
+ConfigFile = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="(optional)")]
+Changes = Annotated[tuple[str, ...], arg(metavar="NAME=VALUE", help_behavior_hint="(optional)")]

@@ -12,6 +12,7 @@ from support.checks import assert_same_bits
 from support.training import FAMILIES, FAST, LENGTH, VOCABULARY, tokenizer, trainer, transformer
 from torch import Tensor
 
+from softdimo_fast import sample_tokens
 from softdimo_fast.data.source import TokenSource
 from softdimo_fast.diffusion import (
     ConfidenceSamplerConfig,
@@ -97,6 +98,43 @@ def test_one_step_is_independent_sampling() -> None:
     product = expected[0][:, None] * expected[1]
     z = (joint - product) / (product * (1 - product) / n).sqrt()
     assert float(z.abs().max()) < 4.5
+
+
+def test_what_is_not_kept_is_drawn_anew() -> None:
+    """Of a law that depends on nothing: keeping the surest draws favours its likeliest token."""
+    model, n = transformer(), 4000
+    p = torch.tensor([0.5, 0.2, 0.1, 0.1, 0.04, 0.03, 0.02, 0.01])
+    with torch.no_grad():
+        model.output.weight.zero_()
+        model.output.bias.copy_(p.log())
+    draws, deviation = Draws.of(0, 0, n), (0.25 / (n * LENGTH)) ** 0.5
+    share = {}
+    for steps, heat in [(1, 0.0), (4, 0.0), (4, 1e3)]:
+        config = ConfidenceSamplerConfig(steps=steps, confidence_temperature=heat)
+        tokens = confidence_sample(model, conditions(draws), draws, config)
+        share[steps, heat] = float((tokens == 0).float().mean())
+    assert abs(share[1, 0.0] - 0.5) < 4 * deviation
+    # Noise that drowns the confidences keeps positions at random: the law itself again.
+    assert abs(share[4, 1e3] - 0.5) < 4 * deviation
+    # The first of four positions is the likeliest token unless all four draws are others, and so on.
+    expected = sum(1 - 0.5**left for left in (4, 3, 2, 1)) / 4
+    assert abs(share[4, 0.0] - expected) < 4 * deviation
+
+
+def test_the_heat_falls_linearly() -> None:
+    model, draws, steps = transformer(), Draws.of(0, 0, 200), 4
+    config = ConfidenceSamplerConfig(steps=steps, confidence_temperature=2.0)
+    tokens, seen = passes(model, draws, config)
+    for step, (now, later) in enumerate(zip(seen, [*seen[1:], tokens], strict=True)):
+        with torch.no_grad():
+            logits = model.logits(model.embed(now), conditions(draws))
+        seed, rows = draws.key(f"confidence/tokens/{step}"), draws.row_ids(LENGTH)
+        drawn = sample_tokens(logits, seed=seed, row_ids=rows)
+        gumbel = -torch.log(-torch.log(draws.uniform(f"confidence/order/{step}", LENGTH)))
+        confidence = logits.log_softmax(-1).gather(2, drawn[..., None])[..., 0]
+        confidence = confidence + 2.0 * (1 - (step + 1) / steps) * gumbel
+        first = confidence.masked_fill(now != model.mask_id, -math.inf).argmax(1, keepdim=True)
+        assert torch.equal(later, now.scatter(1, first, drawn.gather(1, first)))
 
 
 def test_without_heat_the_likeliest_tokens_come_first() -> None:

@@ -25,16 +25,18 @@ from support.training import (
 from torch import Tensor
 
 from softdimo_fast.data.source import UniformConditions
-from softdimo_fast.diffusion import OneStepConfig, initial_embeddings
+from softdimo_fast.diffusion import OneStepConfig, draw_tokens, initial_embeddings
 from softdimo_fast.trainers import (
     AdversarialTrainer,
     DistillationTrainer,
     GeneratorConfig,
     GeneratorMethod,
+    Loss,
     Objective,
     OptimizerConfig,
     Phase,
     RewardTrainer,
+    Rollout,
     TrainerConfig,
 )
 
@@ -144,6 +146,50 @@ def test_rollouts_are_shared(auxiliary_steps: int, reuse: bool, rollouts: int) -
         trainer(method, steps=1).run()
     assert len(seen) == rollouts
     assert all(not torch.equal(seen[0], other) for other in seen[1:])
+
+
+class Recorder(Objective):
+    """An objective that keeps the rollouts which its own phases are given."""
+
+    def __init__(self) -> None:
+        self.module, self.rollouts = torch.nn.Linear(1, 1), list[Rollout]()
+
+    @property
+    def roles(self) -> dict[str, torch.nn.Module]:
+        return {"recorder": self.module}
+
+    @property
+    def optimizers(self) -> dict[str, OptimizerConfig]:
+        return {"recorder": OptimizerConfig()}
+
+    def phases(self, step: int) -> list[Phase]:
+        return [Phase("recorder", 0), Phase("recorder", 1)]
+
+    def student_loss(self, rollout: Rollout) -> Loss:
+        return Loss(0 * rollout.logits.sum(), {})
+
+    def role_loss(self, phase: Phase, rollout: Rollout) -> Loss:
+        self.rollouts.append(rollout)
+        return Loss(self.module(torch.ones(1, 1)).sum(), {})
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_rollouts_carry_the_draws_they_were_made_of(reuse: bool) -> None:
+    recorder = Recorder()
+    run = trainer(generator(recorder, reuse_rollout=reuse), accumulation=2)
+    run.train_step()
+    for repeat in (0, 1):
+        first, second = recorder.rollouts[2 * repeat : 2 * repeat + 2]
+        for part, start in ((first, 0), (second, 4)):
+            assert part.share == 0.5
+            assert part.global_draws.seed == part.draws.seed
+            assert part.draws.samples.tolist() == [start, start + 1, start + 2, start + 3]
+            assert part.global_draws.samples.tolist() == list(range(8))
+            assert torch.equal(part.tokens, draw_tokens(part.logits, part.draws))
+            assert not part.logits.requires_grad
+    seeds = [rollout.draws.seed for rollout in recorder.rollouts[::2]]
+    assert len(set(seeds)) == 2
+    assert (seeds[0] == 0) == reuse  # the student's own draws
 
 
 def test_a_fresh_rollout_is_of_the_updated_generator() -> None:

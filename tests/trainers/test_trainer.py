@@ -123,7 +123,7 @@ def test_what_is_logged(tmp_path: Path) -> None:
 
 
 class Poisoned:
-    """A reward whose value, or whose gradient, is not finite in some calls."""
+    """A reward that is not finite in some calls: all of it, its value alone, or its gradient alone."""
 
     def __init__(self, bad_calls: set[int], what: str) -> None:
         self.reward, self.bad_calls, self.what, self.calls = reward(), bad_calls, what, 0
@@ -134,6 +134,8 @@ class Poisoned:
         self.calls += 1
         if bad and self.what == "value":
             return value * torch.nan
+        if bad and self.what == "value alone":
+            return value + torch.nan
         # sqrt has an infinite slope at 0: a finite value, and a gradient of NaN.
         return value + (0 * images.sum((1, 2, 3))).sqrt() if bad else value
 
@@ -143,7 +145,7 @@ def poisoned(bad_calls: set[int], what: str, folder: Path | None = None, **optio
     return trainer(generator(objective), folder, **options)
 
 
-@pytest.mark.parametrize("what", ["value", "gradient"])
+@pytest.mark.parametrize("what", ["value", "value alone", "gradient"])
 def test_raise_names_the_step_and_leaves_the_weights(what: str) -> None:
     run = poisoned({2}, what, log_every=1, seed=77)
     clean = trainer(generator(reward_objective()), steps=2, seed=77)
@@ -193,8 +195,10 @@ def test_skip_has_a_limit() -> None:
         run.run()
 
 
-def test_one_bad_micro_batch_makes_the_whole_update_bad() -> None:
-    run = poisoned({1}, "value", accumulation=2, nan_policy="skip", steps=1)
+@pytest.mark.parametrize("what", ["value", "value alone", "gradient"])
+@pytest.mark.parametrize("bad", [0, 1])
+def test_one_bad_micro_batch_makes_the_whole_update_bad(bad: int, what: str) -> None:
+    run = poisoned({bad}, what, accumulation=2, nan_policy="skip", steps=1)
     before = snapshot(run)
     run.run()
     assert_same_bits(before["student/output.weight"], snapshot(run)["student/output.weight"])

@@ -21,6 +21,7 @@ from softdimo_fast.recipes.runs import (
     GeneratorRun,
     TeacherRun,
     TestTimeRun,
+    TokenizerRun,
     TrainingRun,
 )
 from softdimo_fast.recipes.stages import Report, Stage, StageContext, StageResult
@@ -237,6 +238,8 @@ def _quick(run: Any) -> Any:
     steps = min(max(run.trainer.steps // share, 20), 150)
     trainer = replace(run.trainer, steps=steps, checkpoint_every=max(steps // 2, 1), log_every=10)
     run = replace(run, trainer=trainer)
+    if isinstance(run, TokenizerRun):  # or it would have no codebook at its end
+        run = replace(run, method=replace(run.method, start_step=steps // 2))
     if isinstance(run, GeneratorRun):
         generator = replace(run.generator, warmup_steps=run.generator.warmup_steps // 10)
         run = replace(run, generator=generator)

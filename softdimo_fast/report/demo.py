@@ -19,6 +19,8 @@ from softdimo_fast.report.page import write_report
 from softdimo_fast.trainers.run_log import RunLog
 
 PICTURE = ("real", "recon", "teacher1", "teacher4", "teacher16", "dimo", "cfg2_gan", "reward")
+PICTURE_NOTE = "In each row but the search's the first half was asked for even digits, the other for odd ones."
+QUICK_NOTE = "A quick run: a few steps of every training, so the images are not good. "
 
 
 def versions() -> dict[str, str]:
@@ -84,7 +86,7 @@ def write_demo(
         rows=rows,
         metrics=_readable(metrics),
         pairs=pairs,
-        picture_note="In each row the first half was asked for even digits, the second for odd ones.",
+        picture_note=(QUICK_NOTE if metrics["quick"] else "") + PICTURE_NOTE,
         logs={titles[name]: RunLog.read(out / name) for name in titles if _has_log(out / name)},
         stage_seconds={titles[name]: result.seconds for name, result in results.items()},
         versions=metrics["versions"],

@@ -1,7 +1,6 @@
 """A model and a tokenizer whose positions hold several tokens each, as MaskBit's splits of bits do.
 
-The package has no such family yet. These two show that nothing in diffusion and trainers is made for one
-token a position.
+Tiny beside it, these two show that nothing in diffusion and trainers is made for one token a position.
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ from softdimo_fast.trainers.trainer import EmaConfig
 from support.grouped import GroupedTokenizer, GroupedTransformer
 
 VOCABULARY, LENGTH, CONDITIONS, BATCH = 8, 4, 2, 8
+SIZES = {"vocabulary": VOCABULARY, "length": LENGTH, "conditions": CONDITIONS}
 FAMILIES = ("token", "grouped")
 FAST = OptimizerConfig(learning_rate=1e-2)
 
@@ -64,9 +65,8 @@ def transformer(family: str = "token", *, seed: int = 0, sharpness: float = 20.0
         with seeded(seed):
             model: Any = GroupedTransformer()
     else:
-        sizes = {"vocabulary": VOCABULARY, "length": LENGTH, "conditions": CONDITIONS}
         model = create(
-            TokenTransformerConfig(**sizes, width=16, depth=2, heads=2, mlp_ratio=2), seed=seed
+            TokenTransformerConfig(**SIZES, width=16, depth=2, heads=2, mlp_ratio=2), seed=seed
         )
     with torch.no_grad():
         model.head_weight.mul_(sharpness)
@@ -151,12 +151,16 @@ def reward_objective(family: str = "token", **options: Any) -> RewardObjective:
 
 
 def generator(
-    *objectives: Objective, family: str = "token", student: Any = None, **options: Any
+    *objectives: Objective,
+    family: str = "token",
+    student: Any = None,
+    conditions: Any = None,
+    **options: Any,
 ) -> GeneratorMethod:
     one_step = OneStepConfig(initial_ratio=(0.3, 0.8), sigma=0.2)
     return GeneratorMethod(
         student if student is not None else transformer(family, seed=2),
-        UniformConditions(CONDITIONS),
+        conditions or UniformConditions(CONDITIONS),
         objectives,
         GeneratorConfig(**{"optimizer": FAST, "one_step": one_step} | options),
     )

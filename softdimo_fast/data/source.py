@@ -68,6 +68,11 @@ class UniformConditions:
 
 
 def _rows(draws: Draws, batch_size: int, size: int) -> Tensor:
+    if draws.first + len(draws) > batch_size:
+        raise ValueError(
+            f"the source's batch_size is {batch_size}, but a step has at least {draws.first + len(draws)} "
+            "samples: it must be the trainer's, or samples would repeat in the next step"
+        )
     first = draws.step * batch_size + draws.first
     rows = sample_indices(draws.seed, first, len(draws), size)
     # A copy that blocks would wait for all work on the device.

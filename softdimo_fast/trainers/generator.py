@@ -129,7 +129,8 @@ class GeneratorMethod(Method):
 
     def _student_loss(self, batch: MicroBatch) -> Loss:
         rollout = self._rollout(batch.draws, batch.global_draws)
-        batch.memory["rollout"] = rollout.detached()
+        if self.config.reuse_rollout:
+            batch.memory["rollout"] = rollout.detached()
         statistics = token_statistics(rollout.logits.detach())
         metrics = {
             "student/entropy": statistics.entropy.mean() * rollout.share,
@@ -144,7 +145,7 @@ class GeneratorMethod(Method):
     def _role_rollout(self, phase: Phase, batch: MicroBatch) -> Rollout:
         """The student phase's rollout where it may be used again, else one of its own, kept for the step."""
         first: Rollout | None = batch.memory.get("rollout")
-        if first is not None and self.config.reuse_rollout and phase.repeat == 0:
+        if first is not None and phase.repeat == 0:
             return first
         name = f"rollout/{phase.repeat}"
         if name not in batch.memory:

@@ -115,6 +115,10 @@ class MaskedDiffusionModel(nn.Module, ABC):
         """
         return condition
 
+    def timed_condition(self, condition: Condition, time: float) -> Condition:
+        """``condition`` at a timestep that a sampler sets; families without timesteps are told nothing."""
+        return condition
+
     def generator_input(self, embeddings: Tensor) -> Tensor:
         """``[B, L, D]``: where a one-step generator adds its noise and test-time search moves.
 

@@ -201,7 +201,7 @@ def demo_stages(seed: int, *, quick: bool = False) -> list[Stage]:
         ),
     ]  # fmt: skip
     generators = {
-        "distillation": (digits.distillation, "Di[M]O", ("teacher", "judge"), 50),
+        "distillation": (digits.distillation, "Di[M]O", ("teacher", "judge"), 85),
         "control": (digits.control, "Di[M]O, guided", ("distillation",), 15),
         "adversarial": (digits.adversarial, "Di[M]O, guided + GAN", ("distillation",), 25),
         "reward": (digits.reward, "Di[M]O + reward", ("distillation", "reward_classifier"), 10),

@@ -122,6 +122,9 @@ class GeneratorMethod(Method):
         owned = [phase for o in self.objectives for phase in o.phases(step)]
         return owned if step < self.config.warmup_steps else [Phase(STUDENT), *owned]
 
+    def first_step(self, role: str) -> int:
+        return self.config.warmup_steps if role == STUDENT else 0
+
     def loss(self, phase: Phase, batch: MicroBatch) -> Loss:
         if phase.role == STUDENT:
             return self._student_loss(batch)

@@ -68,6 +68,10 @@ class Method(ABC):
     def phases(self, step: int) -> Sequence[Phase]:
         """The optimizer steps of this step, in order."""
 
+    def first_step(self, role: str) -> int:
+        """The step at which a role begins to train: its learning-rate schedule counts from there."""
+        return 0
+
     @abstractmethod
     def loss(self, phase: Phase, batch: MicroBatch) -> Loss:
         """The loss whose gradient trains ``phase.role``."""

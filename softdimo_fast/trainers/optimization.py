@@ -73,6 +73,10 @@ class OptimizerConfig:
         )
         _config.require_range(self, "epsilon", self.epsilon, above=0)
         _config.require_range(self, "momentum", self.momentum, minimum=0, maximum=1)
+        _config.require(
+            self.momentum == 0 or self.name == "sgd", self, "momentum", self.momentum,
+            "0 with adamw, whose momentum is betas[0]",
+        )  # fmt: skip
         _config.require_range(self, "weight_decay", self.weight_decay, minimum=0)
         if self.clip_norm is not None:
             _config.require_range(self, "clip_norm", self.clip_norm, above=0)

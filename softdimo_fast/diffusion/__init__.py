@@ -1,5 +1,11 @@
 """Masked diffusion: random numbers, mask schedules, generator inputs, guidance, samplers."""
 
+from softdimo_fast.diffusion.decoding import (
+    DecodingPlan,
+    DecodingStep,
+    InjectedNoise,
+    SamplerConfig,
+)
 from softdimo_fast.diffusion.draws import Draws
 from softdimo_fast.diffusion.guidance import (
     GuidedLogits,
@@ -9,6 +15,12 @@ from softdimo_fast.diffusion.guidance import (
 )
 from softdimo_fast.diffusion.initial import initial_embeddings, initial_tokens, perturb
 from softdimo_fast.diffusion.masking import MASK_SCHEDULES, mask_ratio, masked_count, random_mask
+from softdimo_fast.diffusion.published_samplers import (
+    MASKBIT_SAMPLERS,
+    MaskBitSamplerConfig,
+    MaskGitSamplerConfig,
+    sampling_ratio,
+)
 from softdimo_fast.diffusion.samplers import (
     ConfidenceSamplerConfig,
     OneStepConfig,
@@ -20,11 +32,18 @@ from softdimo_fast.diffusion.samplers import (
 )
 
 __all__ = [
+    "MASKBIT_SAMPLERS",
     "MASK_SCHEDULES",
     "ConfidenceSamplerConfig",
+    "DecodingPlan",
+    "DecodingStep",
     "Draws",
     "GuidedLogits",
+    "InjectedNoise",
+    "MaskBitSamplerConfig",
+    "MaskGitSamplerConfig",
     "OneStepConfig",
+    "SamplerConfig",
     "branch_logits",
     "confidence_sample",
     "decode_logits",
@@ -39,4 +58,5 @@ __all__ = [
     "one_step_sample",
     "perturb",
     "random_mask",
+    "sampling_ratio",
 ]

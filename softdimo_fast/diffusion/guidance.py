@@ -5,6 +5,7 @@ MaskBit and MaskGen write c + w (c - u): s = 1 + w (:func:`guidance_from_weight`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,12 +28,21 @@ def guidance_from_weight(w: float) -> float:
 
 
 def branch_logits(
-    model: MaskedDiffusionModel, embeddings: Tensor, condition: Condition, *, guided: bool
+    model: MaskedDiffusionModel,
+    embeddings: Tensor,
+    condition: Condition,
+    *,
+    guided: bool,
+    logits: Callable[[Tensor, Condition], Tensor] | None = None,
 ) -> GuidedLogits:
-    """Both branches in one forward pass of twice the batch; one branch where ``guided`` is False."""
+    """Both branches in one forward pass of twice the batch; one branch where ``guided`` is False.
+
+    ``logits`` of embeddings and condition are the model's own if not given.
+    """
+    function = logits or model.logits
     if not guided:
-        return GuidedLogits(model.logits(embeddings, condition), None)
-    both = model.logits(
+        return GuidedLogits(function(embeddings, condition), None)
+    both = function(
         torch.cat([embeddings, embeddings]), concatenate(condition, model.unconditional(condition))
     )
     conditional, unconditional = both.chunk(2)
@@ -40,10 +50,16 @@ def branch_logits(
 
 
 def guided_logits(
-    model: MaskedDiffusionModel, embeddings: Tensor, condition: Condition, scale: float
+    model: MaskedDiffusionModel,
+    embeddings: Tensor,
+    condition: Condition,
+    scale: float,
+    logits: Callable[[Tensor, Condition], Tensor] | None = None,
 ) -> Tensor:
-    """u + s (c - u) for a number s."""
-    conditional, unconditional = branch_logits(model, embeddings, condition, guided=scale != 1)
+    """u + s (c - u) for a number s; ``logits`` as for :func:`branch_logits`."""
+    conditional, unconditional = branch_logits(
+        model, embeddings, condition, guided=scale != 1, logits=logits
+    )
     if unconditional is None:
         return conditional
     return torch.lerp(unconditional, conditional, scale)

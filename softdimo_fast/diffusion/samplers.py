@@ -10,10 +10,17 @@ import torch
 from torch import Tensor
 
 from softdimo_fast import _config
+from softdimo_fast.diffusion.decoding import (
+    DecodingPlan,
+    DecodingStep,
+    InjectedNoise,
+    Observer,
+    SamplerConfig,
+    decode_masked,
+)
 from softdimo_fast.diffusion.draws import Draws
-from softdimo_fast.diffusion.guidance import guided_logits
 from softdimo_fast.diffusion.initial import NoiseScale, initial_embeddings
-from softdimo_fast.models.conditions import Condition
+from softdimo_fast.models.conditions import Condition, batch_size
 from softdimo_fast.models.protocol import MaskedDiffusionModel, Tokenizer
 from softdimo_fast.ops import sample_tokens
 
@@ -44,6 +51,24 @@ class ConfidenceSamplerConfig:
             self, "confidence_temperature", self.confidence_temperature, minimum=0
         )
 
+    def plan(self, positions: int) -> DecodingPlan:
+        """The passes for a sample of so many positions."""
+        steps: list[DecodingStep] = []
+        before = positions
+        for i in range(self.steps):
+            left = masked_after(i, self.steps, positions)
+            heat = self.confidence_temperature * (1 - (i + 1) / self.steps)
+            steps.append(
+                DecodingStep(
+                    number=i, fixed=before - left, left=left, guidance=self.guidance_scale,
+                    temperature=self.temperature, heat=heat,
+                )
+            )  # fmt: skip
+            before = left
+            if left == 0:
+                break
+        return DecodingPlan(steps=tuple(steps))
+
 
 def masked_after(step: int, steps: int, positions: int) -> int:
     """How many positions are still [MASK] after ``step`` + 1 of ``steps`` passes: the cosine schedule.
@@ -58,41 +83,33 @@ def masked_after(step: int, steps: int, positions: int) -> int:
 
 @torch.no_grad()
 def confidence_sample(
-    model: MaskedDiffusionModel, condition: Condition, draws: Draws, config: ConfidenceSamplerConfig
+    model: MaskedDiffusionModel,
+    condition: Condition,
+    noise: Draws | InjectedNoise,
+    config: SamplerConfig,
+    *,
+    observe: Observer | None = None,
 ) -> Tensor:
     """Tokens ``[B, *token_shape]`` of a teacher, starting from nothing but [MASK].
 
     Each pass draws a token at every [MASK] position and keeps the most confident ones: the largest
     log-probability of the drawn token plus Gumbel noise.
+
+    Args:
+        condition: of B samples.
+        noise: of B samples; tensors repeat another implementation's run.
+        config: :class:`ConfidenceSamplerConfig`, or the sampler that a teacher was published with:
+            :class:`MaskGitSamplerConfig`, :class:`MaskBitSamplerConfig`.
+        observe: called in each pass with its number, the tokens that it sees, and these with a draw at
+            every [MASK] position.
+
+    Raises:
+        ValueError: injected noise of another shape; a [MASK] column that the model does not have.
     """
-    shape = model.token_shape
-    tokens = torch.full((len(draws), *shape), model.mask_id, device=draws.samples.device)
-    positions = math.prod(shape)
-    left = positions
-    for step in range(config.steps):
-        target = masked_after(step, config.steps, positions)
-        if target >= left:
-            continue
-        logits = guided_logits(model, model.embed(tokens), condition, config.guidance_scale)
-        drawn, confidence = sample_tokens(
-            logits,
-            temperature=config.temperature,
-            seed=draws.key(f"confidence/tokens/{step}"),
-            row_ids=draws.row_ids(positions).view(tokens.shape),
-            return_log_prob=True,
-        )
-        heat = config.confidence_temperature * (1 - (step + 1) / config.steps)
-        u = draws.uniform(f"confidence/order/{step}", *shape)
-        confidence = confidence - heat * torch.log(-torch.log(u))
-        masked = tokens == model.mask_id
-        confidence = confidence.masked_fill(~masked, -math.inf).flatten(1)
-        chosen = confidence.topk(left - target, dim=1).indices
-        keep = torch.zeros_like(confidence, dtype=torch.bool).scatter_(1, chosen, True)
-        tokens = torch.where(keep.view(tokens.shape), drawn, tokens)
-        left = target
-        if left == 0:
-            break
-    return tokens
+    plan = config.plan(math.prod(model.token_shape))
+    return decode_masked(
+        model, condition, noise, plan, samples=batch_size(condition), observe=observe
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,7 +80,8 @@ class TerminalProgress:
         self._closed = True
         with suppress(OSError, ValueError):
             if self._bar is not None:
-                self._bar.refresh()
+                # The last state is drawn above the other bars; it must not stay where it stood among them.
+                self._bar.clear()
                 self._bar.close()
             else:
                 end = (

@@ -19,7 +19,7 @@ from support.process import ROOT
 
 
 class Command:
-    """A running ``softdimo``; what it has written so far is in ``out`` and ``err`` (on a terminal, all in one)."""
+    """A running ``softdimo``; ``out`` and ``err`` are what it has written so far (on a terminal, all out)."""
 
     def __init__(self, *arguments: str, terminal: bool = False) -> None:
         environment = {name: v for name, v in os.environ.items() if name != "COLUMNS"}

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Here and not above: `import softdimo_fast.cli` must work where only the doctor can run.
     import tyro
 
-    from softdimo_fast.cli import config, demo, doctor, sample, train, tteo
+    from softdimo_fast.cli import config, demo, doctor, export, sample, train, tteo
 
     commands: dict[str, Any] = {
         "demo": demo.run,
@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "sample": sample.run,
         "tteo": tteo.run,
         "config": config.run,
+        "export": export.run,
         "doctor": doctor.run,
     }
     try:
@@ -77,6 +78,7 @@ def _exit_code(error: Exception) -> int | None:
     """The exit code of an error that its message explains; None for a defect, which shows its traceback."""
     from softdimo_fast._config import ConfigError
     from softdimo_fast.cli.errors import UsageError
+    from softdimo_fast.models import ModelFileError
     from softdimo_fast.recipes.stages import StageMismatchError
     from softdimo_fast.recipes.workers import WorkerError
     from softdimo_fast.trainers import CheckpointError, NonFiniteError, Stopped
@@ -84,7 +86,7 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, Stopped):
         return STOPPED
     told = (
-        UsageError, ConfigError, CheckpointError, NonFiniteError, StageMismatchError, WorkerError,
-        OSError, ImportError,
+        UsageError, ConfigError, CheckpointError, ModelFileError, NonFiniteError,
+        StageMismatchError, WorkerError, OSError, ImportError,
     )  # fmt: skip
     return WRONG_INPUT if isinstance(error, told) else None

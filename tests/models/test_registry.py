@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from support.checks import assert_same_bits
+from support.published import SIZES
 from support.training import classifier, images, tokenizer, transformer
 
 from softdimo_fast._config import ConfigError
 from softdimo_fast.models import registry
 from softdimo_fast.models.classifier import ConvClassifierConfig
-from softdimo_fast.models.registry import create, describe, rebuild
+from softdimo_fast.models.registry import build, create, describe, rebuild
 from softdimo_fast.models.transformer import TokenTransformerConfig
 
 MODELS = {
@@ -20,6 +22,7 @@ MODELS = {
     "vector_quantizer": tokenizer,
     "mlp_classifier": classifier,
     "conv_classifier": lambda: create(ConvClassifierConfig(image_size=4, width=4)),
+    **{family: partial(build, family, sizes) for family, sizes in SIZES.items()},
 }
 
 

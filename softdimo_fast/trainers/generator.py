@@ -59,14 +59,14 @@ class GeneratorConfig:
 
     def one_step_at(self, step: int) -> OneStepConfig:
         """The generator's input at a training step."""
-        if step >= self.sigma_steps:
+        if self.sigma_schedule == "constant":
             return self.one_step
         progress = step / self.sigma_steps
         share = {
-            "linear": progress,
-            "cosine": (1 - math.cos(math.pi * progress)) / 2,
-            # From 1 % upwards, by equal factors.
-            "exponential": 0.01 ** (1 - progress),
+            "linear": min(progress, 1.0),
+            "cosine": (1 - math.cos(math.pi * min(progress, 1.0))) / 2,
+            # Nears 1 but has no end: sigma_steps is its time constant.
+            "exponential": 1 - math.exp(-progress),
         }[self.sigma_schedule]
         return replace(self.one_step, sigma=self.one_step.sigma * share)
 

@@ -188,13 +188,15 @@ def test_maskgit_generator_inputs() -> None:
         # The public code masks one position even at r_init 0; ours means what it says.
         assert masked == (expected if ratio else 0)
     steps = published["embedding_noise_sigma_at_steps"]
-    # The public code's exponential warm-up, 1 - exp(-step / steps), is none of ours.
-    for name, schedule in (("warmup_linear_1000", "linear"), ("warmup_cos_1000", "cosine")):
+    schedules = {"linear": "linear", "cos": "cosine", "exp": "exponential"}
+    for name, schedule in schedules.items():
         config = GeneratorConfig(
             one_step=OneStepConfig(sigma=1.0), sigma_schedule=schedule, sigma_steps=1000
         )
         ours = [config.one_step_at(step).sigma for step in steps]
-        assert ours == pytest.approx(published["embedding_noise_sigma"][name], abs=1e-7)
+        assert ours == pytest.approx(
+            published["embedding_noise_sigma"][f"warmup_{name}_1000"], abs=1e-7
+        )
     for step, rate in published["ema_rate"].items():
         assert EmaConfig().kept(int(step)) == pytest.approx(rate, abs=1e-12)
 

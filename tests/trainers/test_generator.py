@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -39,6 +40,7 @@ from softdimo_fast.trainers import (
     Rollout,
     TrainerConfig,
 )
+from softdimo_fast.trainers.optimization import OptimizerConfig, ScheduleConfig
 
 STUDENT = Phase("student")
 
@@ -131,6 +133,18 @@ def test_phases_and_warm_up() -> None:
             assert not torch.equal(before[name], value)
     run.train_step()
     assert not torch.equal(before["student/output.weight"], snapshot(run)["student/output.weight"])
+
+
+def test_the_students_schedule_counts_from_its_first_step() -> None:
+    schedule = ScheduleConfig(warmup_steps=4)
+    optimizer = OptimizerConfig(learning_rate=0.1, schedule=schedule)
+    run = trainer(
+        generator(reward_objective(), distillation(), warmup_steps=2, optimizer=optimizer)
+    )
+    for _ in range(3):
+        run.train_step()
+    rate = run.optimizers["student"].optimizer.param_groups[0]["lr"]
+    assert rate == pytest.approx(0.1 / 4)
 
 
 @pytest.mark.parametrize(
@@ -262,8 +276,11 @@ def test_sigma_rises_to_its_own_value() -> None:
     for schedule in ("linear", "cosine", "exponential"):
         config = GeneratorConfig(one_step=one_step, sigma_schedule=schedule, sigma_steps=10)  # type: ignore[arg-type]
         values = [config.one_step_at(step).sigma for step in range(12)]
-        assert values[0] == pytest.approx(0.004 if schedule == "exponential" else 0)
-        assert values[10] == values[11] == 0.4
+        assert values[0] == 0
+        if schedule == "exponential":
+            assert values[10] == pytest.approx(0.4 * (1 - math.exp(-1)))
+        else:
+            assert values[10] == values[11] == 0.4
         assert all(a < b for a, b in pairwise(values[:11]))
     middle = GeneratorConfig(one_step=one_step, sigma_schedule="linear", sigma_steps=10)
     assert middle.one_step_at(5).sigma == pytest.approx(0.2)

@@ -37,10 +37,10 @@ from softdimo_fast.trainers import (
     OptimizerConfig,
     Phase,
     RewardTrainer,
+    ScheduleConfig,
     Rollout,
     TrainerConfig,
 )
-from softdimo_fast.trainers.optimization import OptimizerConfig, ScheduleConfig
 
 STUDENT = Phase("student")
 

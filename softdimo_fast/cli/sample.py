@@ -67,7 +67,7 @@ def _encoder(out: Path) -> Any:
     if out.suffix == ".safetensors":
         from safetensors.torch import save
 
-        return lambda images: save({"images": images.contiguous()})
+        return lambda images: save({"images": images.clamp(-1, 1).contiguous()})
     raise UsageError(f"--out must end in .png or .safetensors, got {out}")
 
 

@@ -19,7 +19,9 @@ from softdimo_fast.report.page import write_report
 from softdimo_fast.trainers.run_log import RunLog
 
 PICTURE = ("real", "recon", "teacher1", "teacher4", "teacher16", "dimo", "cfg2_gan", "reward")
-PICTURE_NOTE = "In each row but the search's the left half was asked for even digits, the right for odd ones."
+PICTURE_NOTE = (
+    "In each row but the search's the left half was asked for even digits, the right for odd ones."
+)
 QUICK_NOTE = "A quick run: a few steps of every training, so the images are not good. "
 
 

@@ -63,6 +63,7 @@ class AdversarialConfig:
 
     def __post_init__(self) -> None:
         _config.require_types(self)
+        _config.require_range(self, "weight", self.weight, minimum=0)
         low, high = self.mask_range
         _config.require(
             0 <= low <= high <= 1,

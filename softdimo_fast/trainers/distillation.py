@@ -70,6 +70,7 @@ class DistillationConfig:
 
     def __post_init__(self) -> None:
         _config.require_types(self)
+        _config.require_range(self, "weight", self.weight, minimum=0)
         _config.require(
             (self.beta is not None) == (self.divergence == "jeffreys"), self, "beta", self.beta,
             "a number with divergence='jeffreys', and None otherwise",

@@ -32,7 +32,7 @@ import math
 import re
 import textwrap
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import (
@@ -310,10 +310,13 @@ def descriptions(cls: type) -> dict[str, str]:
     return {name: markup.sub(lambda match: match[1] or "", text) for name, text in found.items()}
 
 
-def render(config: DataclassInstance, *, width: int = 110) -> str:
+def render(
+    config: DataclassInstance, *, width: int = 110, note: Callable[[str], str] = lambda name: ""
+) -> str:
     """The config as an aligned listing, one ``dotted.name = value  # what it means`` per field.
 
-    Values are written so that ``override`` takes each ``name=value`` back; groups stand apart.
+    Values are written so that ``override`` takes each ``name=value`` back; groups stand apart. What ``note``
+    says of a dotted name follows what the field means.
     """
     rows = list(_rows(config, ""))
     if not rows:
@@ -326,10 +329,15 @@ def render(config: DataclassInstance, *, width: int = 110) -> str:
             lines.append("")
         line = f"{name:{names_width}} = {value:{values_width}}"
         room = max(40, width - len(line) - 4)
-        for part in textwrap.wrap(text, room):
+        parts, remark = textwrap.wrap(text, room), note(name)
+        if remark and parts and len(parts[-1]) + len(remark) < room:
+            parts[-1] += f" {remark}"
+        elif remark:
+            parts.append(remark)  # whole, so that it can be searched for
+        for part in parts:
             lines.append(f"{line}  # {part}")
             line = " " * len(line)
-        if not text:
+        if not parts:
             lines.append(line.rstrip())
     return "\n".join(lines)
 

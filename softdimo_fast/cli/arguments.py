@@ -10,6 +10,6 @@ from tyro.conf import Positional, arg
 MethodName = Annotated[str, Positional, arg(metavar="METHOD")]
 RecipeName = Annotated[str, Positional, arg(metavar="RECIPE")]
 RunFolder = Annotated[Path, Positional, arg(metavar="RUN")]
-Seed = Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 0)")]
+Seed = Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: the recipe's)")]
 ConfigFile = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="(optional)")]
 Changes = Annotated[tuple[str, ...], arg(metavar="NAME=VALUE", help_behavior_hint="(optional)")]

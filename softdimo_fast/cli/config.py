@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json as json_format
+from functools import partial
 from typing import Annotated
 
 from tyro.conf import arg
 
 from softdimo_fast import _config
-from softdimo_fast.cli.arguments import RecipeName
+from softdimo_fast.cli.arguments import RecipeName, Seed
 from softdimo_fast.recipes import RECIPES, recipe
+from softdimo_fast.recipes.published import is_open, open_settings
+
+OUR_DEFAULT = "(our default: the paper leaves it open)"
 
 
 def run(
@@ -17,13 +21,13 @@ def run(
     method: Annotated[
         str | None, arg(metavar="METHOD", help_behavior_hint="(default: all of them)")
     ] = None,
-    seed: int = 0,
+    seed: Seed = None,
     json: bool = False,
 ) -> int:
     """Prints the full configuration of a recipe: every setting that decides what a run computes.
 
     Args:
-        recipe_name: digits.
+        recipe_name: digits, maskgit, maskbit, maskgen_l, maskgen_xl or meissonic.
         method: only this one of its methods.
         seed: of the run.
         json: print JSON; that of one method `softdimo train --config` reads.
@@ -42,5 +46,10 @@ def run(
             if name != "tteo"
             else f"# softdimo tteo {recipe_name}"
         )
-        print(_config.render(config), end="\n\n")
+        print(_config.render(config, note=partial(_note, open_settings(recipe_name, name))))
+        print()
     return 0
+
+
+def _note(settings: tuple[str, ...], field: str) -> str:
+    return OUR_DEFAULT if is_open(field, settings) else ""

@@ -34,7 +34,7 @@ def run(
 
     Args:
         method: `softdimo config RECIPE` lists them.
-        recipe_name: digits.
+        recipe_name: digits, maskgit, maskbit, maskgen_l, maskgen_xl or meissonic.
         out: the run folder.
         seed: of everything random.
         config: a JSON file with the whole configuration, in place of the recipe's, as
@@ -77,7 +77,7 @@ def load_settings(
     recipe_name: str, method: str, seed: int | None, config: Path | None, changes: tuple[str, ...]
 ) -> Any:
     """The recipe's config, or that of a file, with changes; checked before any work."""
-    settings = recipe(recipe_name, method, seed=seed or 0)
+    settings = recipe(recipe_name, method, seed=seed)
     if config is not None:
         if seed is not None:
             raise UsageError(f"--seed {seed}: the seed is that in --config; --set changes it")

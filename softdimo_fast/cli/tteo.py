@@ -23,7 +23,7 @@ def run(
     Writes a picture (before above after) and the rewards of each sample.
 
     Args:
-        recipe_name: digits.
+        recipe_name: digits, maskgit, maskbit, maskgen_l, maskgen_xl or meissonic.
         runs: the folder with the runs that the configuration names: generator, tokenizer, classifier.
         out: the folder for tteo.png and tteo.json.
         seed: of the generator's inputs.

@@ -37,8 +37,8 @@ from softdimo_fast.trainers import (
     OptimizerConfig,
     Phase,
     RewardTrainer,
-    ScheduleConfig,
     Rollout,
+    ScheduleConfig,
     TrainerConfig,
 )
 

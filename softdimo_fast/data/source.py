@@ -67,13 +67,26 @@ class UniformConditions:
         return draws.integers("condition", self.count)
 
 
-def _rows(draws: Draws, batch_size: int, size: int) -> Tensor:
+def step_rows(draws: Draws, batch_size: int, size: int) -> Tensor:
+    """Which of ``size`` samples a micro-batch's are, int64 ``[B]`` on the CPU: a source's order.
+
+    Args:
+        draws: of the micro-batch.
+        batch_size: the global one.
+        size: of the data set.
+
+    Raises:
+        ValueError: the step has more samples than ``batch_size``.
+    """
     if draws.first + len(draws) > batch_size:
         raise ValueError(
             f"the source's batch_size is {batch_size}, but a step has at least {draws.first + len(draws)} "
             "samples: it must be the trainer's, or samples would repeat in the next step"
         )
     first = draws.step * batch_size + draws.first
-    rows = sample_indices(draws.seed, first, len(draws), size)
+    return sample_indices(draws.seed, first, len(draws), size)
+
+
+def _rows(draws: Draws, batch_size: int, size: int) -> Tensor:
     # A copy that blocks would wait for all work on the device.
-    return rows.to(draws.samples.device, non_blocking=True)
+    return step_rows(draws, batch_size, size).to(draws.samples.device, non_blocking=True)

@@ -92,6 +92,17 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
 
 
+class RmsNorm(nn.RMSNorm):
+    """RMSNorm with a weight, computed in the weight's dtype: float32 under autocast."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
+        return super().forward(x.to(self.weight.dtype))
+
+
 class Modulation(nn.Module):
     """``count`` vectors ``[B, 1, D]`` from SiLU of the conditioning vector ``[B, D]``."""
 
@@ -171,10 +182,10 @@ class JointAttention(nn.Module):
         self.to_add_out = nn.Linear(width, width) if writes_text else None
         head = width // heads
         self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k = (
-            nn.RMSNorm(head, eps=EPS) if normalized else None for _ in range(4)
+            RmsNorm(head) if normalized else None for _ in range(4)
         )
 
-    def _heads(self, x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+    def _heads(self, x: Tensor, norm: RmsNorm | None) -> Tensor:
         heads: Tensor = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         if norm is not None:
             heads = norm(heads)
@@ -245,7 +256,7 @@ class SingleAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm_q, self.norm_k = (nn.RMSNorm(width // heads, eps=EPS) for _ in range(2))
+        self.norm_q, self.norm_k = (RmsNorm(width // heads) for _ in range(2))
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
 
     def forward(self, x: Tensor, rotation: Rotation | None) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from softdimo_fast import _config
 from softdimo_fast.models.joint_blocks import (
     JointBlock,
+    RmsNorm,
     Rotation,
     SingleBlock,
     require_shape,
@@ -30,7 +31,6 @@ from softdimo_fast.models.meissonic_layers import (
     TimeText,
     TokenEmbedding,
     TwoLayers,
-    rms_norm,
 )
 from softdimo_fast.models.protocol import MaskedDiffusionModel
 from softdimo_fast.models.text_conditions import MICRO_CONDITIONS, MeissonicCondition
@@ -171,10 +171,10 @@ class MeissonicTransformer(MaskedDiffusionModel):
         self._modules["embed"] = TokenEmbedding(config.vocab_size, width)
         self.mlm_layer = Head(width, config.codebook_size)
         self.cond_embed = TwoLayers(pooled + MICRO_CONDITIONS * SINUSOID, pooled, bias=False)
-        self.encoder_proj_layer_norm = rms_norm(width)
-        self.project_to_hidden_norm = rms_norm(width)
+        self.encoder_proj_layer_norm = RmsNorm(width)
+        self.project_to_hidden_norm = RmsNorm(width)
         self.project_to_hidden = nn.Linear(width, width, bias=False)
-        self.project_from_hidden_norm = rms_norm(width)
+        self.project_from_hidden_norm = RmsNorm(width)
         self.project_from_hidden = nn.Linear(width, width, bias=False)
         self.down_block, self.up_block = nn.ModuleDict(), nn.ModuleDict()
         if config.downsample:

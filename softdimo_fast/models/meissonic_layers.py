@@ -5,13 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softdimo_fast.models.joint_blocks import EPS
+from softdimo_fast.models.joint_blocks import RmsNorm
 
 SINUSOID = 256  # width of each sinusoid
-
-
-def rms_norm(width: int) -> nn.RMSNorm:
-    return nn.RMSNorm(width, eps=EPS)
 
 
 def pointwise(x: Tensor, convolution: nn.Conv2d) -> Tensor:
@@ -25,7 +21,7 @@ class TokenEmbedding(nn.Module):
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(rows, width)
-        self.layer_norm = rms_norm(width)
+        self.layer_norm = RmsNorm(width)
         self.conv = nn.Conv2d(width, width, 1, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -41,7 +37,7 @@ class Head(nn.Module):
     def __init__(self, width: int, codes: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width, width, 1, bias=False)
-        self.layer_norm = rms_norm(width)
+        self.layer_norm = RmsNorm(width)
         self.conv2 = nn.Conv2d(width, codes, 1, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -55,7 +51,7 @@ class Resample(nn.Module):
 
     def __init__(self, width: int, kind: type[nn.Conv2d] | type[nn.ConvTranspose2d]) -> None:
         super().__init__()
-        self.norm = rms_norm(width)
+        self.norm = RmsNorm(width)
         self.conv = kind(width, width, 2, 2, bias=False)
 
     def forward(self, grid: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Here and not above: `import softdimo_fast.cli` must work where only the doctor can run.
     import tyro
 
-    from softdimo_fast.cli import config, demo, doctor, export, sample, train, tteo
+    from softdimo_fast.cli import config, demo, doctor, export, pretokenize, sample, train, tteo
 
     commands: dict[str, Any] = {
         "demo": demo.run,
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "tteo": tteo.run,
         "config": config.run,
         "export": export.run,
+        "pretokenize": pretokenize.run,
         "doctor": doctor.run,
     }
     try:

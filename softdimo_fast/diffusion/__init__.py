@@ -30,6 +30,7 @@ from softdimo_fast.diffusion.samplers import (
     one_step_logits,
     one_step_sample,
 )
+from softdimo_fast.diffusion.text_samplers import MaskGenSamplerConfig, MeissonicSamplerConfig
 
 __all__ = [
     "MASKBIT_SAMPLERS",
@@ -41,7 +42,9 @@ __all__ = [
     "GuidedLogits",
     "InjectedNoise",
     "MaskBitSamplerConfig",
+    "MaskGenSamplerConfig",
     "MaskGitSamplerConfig",
+    "MeissonicSamplerConfig",
     "OneStepConfig",
     "SamplerConfig",
     "branch_logits",

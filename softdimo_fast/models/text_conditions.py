@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 MICRO_CONDITIONS = 5  # of Meissonic
+NO_PROMPT = -1  # a condition that was not made of a numbered prompt
 
 
 class TextCondition(NamedTuple):
@@ -28,6 +29,8 @@ class TextCondition(NamedTuple):
         score: ``[B]``, the aesthetic score asked for.
         null_text, null_pooled: the same of the empty prompt, for guidance.
         guidance: ``[B, T, W]``, tokens of the full text tower after its final norm, for TA-TiTok.
+        prompt: int64 ``[B]``, the prompt's number among the run's prompts, for rewards that read the words
+            themselves; :data:`NO_PROMPT` where there is none. The models do not look at it.
     """
 
     text: Tensor
@@ -36,6 +39,7 @@ class TextCondition(NamedTuple):
     null_text: Tensor
     null_pooled: Tensor
     guidance: Tensor
+    prompt: Tensor
 
     @classmethod
     def of(
@@ -47,6 +51,7 @@ class TextCondition(NamedTuple):
         null_text: Tensor | None = None,
         null_pooled: Tensor | None = None,
         guidance: Tensor | None = None,
+        prompt: int | Tensor = NO_PROMPT,
     ) -> TextCondition:
         """A condition of B samples.
 
@@ -57,6 +62,7 @@ class TextCondition(NamedTuple):
             null_text, null_pooled: ``[T, W]`` and ``[W]`` for all samples, or with a first dimension of 1
                 or B. Guidance and condition dropping need them.
             guidance: ``[B, T, W]``. TA-TiTok's decoder needs it.
+            prompt: one number for all, or ``[B]``.
         """
         batch, length, width = text.shape
         score = torch.as_tensor(score, dtype=torch.float32, device=text.device).expand(batch)
@@ -68,6 +74,7 @@ class TextCondition(NamedTuple):
             absent if null_text is None else null_text.expand(batch, length, width),
             absent[:, 0:0, 0] if null_pooled is None else null_pooled.expand(batch, width),
             absent if guidance is None else guidance,
+            _numbers(prompt, batch, text.device),
         )
 
 
@@ -84,6 +91,7 @@ class MeissonicCondition(NamedTuple):
         time: float ``[B]``, the timestep as the published network takes it: the step's index, counted down
             to 0, in sampling; 1000 x mask ratio in training.
         null_text, null_pooled: text and pooled of the negative prompt, for guidance.
+        prompt: int64 ``[B]``, as in :class:`TextCondition`.
     """
 
     text: Tensor
@@ -92,6 +100,7 @@ class MeissonicCondition(NamedTuple):
     time: Tensor
     null_text: Tensor
     null_pooled: Tensor
+    prompt: Tensor
 
     @classmethod
     def of(
@@ -103,6 +112,7 @@ class MeissonicCondition(NamedTuple):
         time: float | Tensor = 0.0,
         null_text: Tensor | None = None,
         null_pooled: Tensor | None = None,
+        prompt: int | Tensor = NO_PROMPT,
     ) -> MeissonicCondition:
         """A condition of B samples.
 
@@ -113,6 +123,7 @@ class MeissonicCondition(NamedTuple):
             time: one for all, or ``[B]``.
             null_text, null_pooled: ``[T, W]`` and ``[P]`` for all samples, or with a first dimension of 1
                 or B. Guidance and condition dropping need them.
+            prompt: one number for all, or ``[B]``.
         """
         batch, length, width = text.shape
 
@@ -128,4 +139,11 @@ class MeissonicCondition(NamedTuple):
             else null_text.expand(batch, length, width),
             pooled.new_empty(batch, 0) if null_pooled is None
             else null_pooled.expand(batch, pooled.shape[1]),
+            _numbers(prompt, batch, text.device),
         )  # fmt: skip
+
+
+def _numbers(prompt: int | Tensor, batch: int, device: torch.device) -> Tensor:
+    if isinstance(prompt, int):
+        return torch.full((batch,), prompt, dtype=torch.int64, device=device)
+    return prompt.to(device, torch.int64).expand(batch)

@@ -17,6 +17,7 @@ from softdimo_fast.data.source import ImageSource, TokenSource, UniformCondition
 from softdimo_fast.diffusion import Draws
 from softdimo_fast.models import Tokenizer, create, describe, rebuild
 from softdimo_fast.models.seeding import seeded
+from softdimo_fast.recipes.published_runs import PublishedGeneratorRun
 from softdimo_fast.recipes.runs import (
     ClassifierRun,
     DigitsData,
@@ -59,7 +60,7 @@ def trained_role(folder: Path, role: str) -> Any:
         MissingRunError: there is no run in ``folder``, or it has not reached its last step.
         CheckpointError: its checkpoint is damaged, or has no such role.
     """
-    loaded = _finished(folder)
+    loaded = finished_checkpoint(folder)
     models = loaded.config.get("models", {})
     if role not in models:
         there = ", ".join(models) or "none"
@@ -70,23 +71,30 @@ def trained_role(folder: Path, role: str) -> Any:
     return module.eval().requires_grad_(False)
 
 
-def finished_run(folder: Path) -> TrainingRun:
+def finished_run(folder: Path) -> Any:
     """The run config of a finished run.
 
     Raises:
         MissingRunError, CheckpointError: as for :func:`trained_role`.
     """
-    loaded = _finished(folder)
+    loaded = finished_checkpoint(folder)
     kinds: dict[str, Any] = {
-        kind.__name__: kind for kind in (ClassifierRun, TokenizerRun, TeacherRun, GeneratorRun)
-    }
+        kind.__name__: kind
+        for kind in (
+            ClassifierRun, TokenizerRun, TeacherRun, GeneratorRun, PublishedGeneratorRun,
+        )
+    }  # fmt: skip
     name = loaded.config.get("kind")
     _config.require_choice(str(loaded.path), "kind", name, tuple(kinds))
-    settings: TrainingRun = _config.from_dict(kinds[str(name)], loaded.config["run"])
-    return settings
+    return _config.from_dict(kinds[str(name)], loaded.config["run"])
 
 
-def _finished(folder: Path) -> checkpoint.Checkpoint:
+def finished_checkpoint(folder: Path) -> checkpoint.Checkpoint:
+    """The last checkpoint of a finished run.
+
+    Raises:
+        MissingRunError, CheckpointError: as for :func:`trained_role`.
+    """
     if not checkpoint.find(folder / "checkpoints"):
         raise MissingRunError(f"{folder} holds no trained run (no checkpoint was found)")
     loaded = checkpoint.load(folder / "checkpoints")
@@ -101,7 +109,7 @@ def _finished(folder: Path) -> checkpoint.Checkpoint:
 def is_finished(folder: Path) -> bool:
     """Whether ``folder`` holds a run whose last step is saved."""
     try:
-        _finished(folder)
+        finished_checkpoint(folder)
     except (MissingRunError, checkpoint.CheckpointError):
         return False
     return True
@@ -133,13 +141,19 @@ def _digit_images(trainer: TrainerConfig) -> ImageSource:
 # trainers
 
 
-def build_trainer(run: TrainingRun, folder: Path, progress: Progress | None = None) -> Trainer:
+def build_trainer(
+    run: TrainingRun | PublishedGeneratorRun, folder: Path, progress: Progress | None = None
+) -> Trainer:
     """The trainer of a run whose own folder is ``folder``; nothing is written yet.
 
     Raises:
         MissingRunError, CheckpointError: a run that this one needs is missing or damaged.
         ConfigError: the model does not fit the data or the tokenizer, or the device is not there.
     """
+    if isinstance(run, PublishedGeneratorRun):
+        from softdimo_fast.recipes.published_build import build_published_trainer
+
+        return build_published_trainer(run, folder, progress)
     _require_device(run)
     _require_sizes(run)
     if isinstance(run, GeneratorRun):
@@ -153,7 +167,7 @@ def build_trainer(run: TrainingRun, folder: Path, progress: Progress | None = No
     else:
         method = _teacher_method(run, folder)
     return Trainer(
-        method, run.trainer, folder=folder, run_config=_record(run, method.roles),
+        method, run.trainer, folder=folder, run_config=run_record(run, method.roles),
         progress=progress,
     )  # fmt: skip
 
@@ -186,7 +200,7 @@ def _require_device(run: TrainingRun) -> None:
         )  # fmt: skip
 
 
-def _record(run: TrainingRun, roles: Any) -> dict[str, Any]:
+def run_record(run: Any, roles: Any) -> dict[str, Any]:
     """What a checkpoint says about its run: the config, and how to build each trained model again."""
     models = {}
     for role, module in roles.items():
@@ -222,21 +236,21 @@ def _generator_trainer(
 ) -> GeneratorTrainer:
     device = torch.device(run.trainer.device)
     teacher = trained_role(beside(folder, run.teacher), "teacher").to(device)
-    start = None if run.start is None else _finished(beside(folder, run.start))
+    start = None if run.start is None else finished_checkpoint(beside(folder, run.start))
     student = copy.deepcopy(teacher)
     if start is not None:  # one that made no generator is refused; the other roles it may lack
         average = start.group("student_average")
         checkpoint.restore(f"{start.path}, student_average", student.state_dict(), average)
     objectives: list[Objective] = []
     if run.distillation is not None:
-        auxiliary = _started(copy.deepcopy(teacher), start, "auxiliary")
+        auxiliary = started(copy.deepcopy(teacher), start, "auxiliary")
         objectives.append(DistributionMatching(teacher, auxiliary, run.distillation))
     if run.adversarial is not None or run.reward is not None:
         tokenizer = trained_role(beside(folder, run.tokenizer), "tokenizer")
         _require_match("GeneratorRun: teacher", teacher.config, tokenizer)
         if run.adversarial is not None:
             real = digits_tokens(tokenizer, run.data, run.trainer)
-            heads = _started(_heads(run.adversarial, teacher, run.trainer.seed), start, "heads")
+            heads = started(_heads(run.adversarial, teacher, run.trainer.seed), start, "heads")
             objectives.append(Adversarial(teacher, heads.to(device), real, run.adversarial))
         if run.reward is not None:
             reward = parity_reward(beside(folder, run.reward_classifier)).to(device)
@@ -246,11 +260,11 @@ def _generator_trainer(
         student, conditions, tuple(objectives), generator=run.generator, config=run.trainer,
         folder=folder, progress=progress,
     )  # fmt: skip
-    trainer.run_config = _record(run, trainer.method.roles)
+    trainer.run_config = run_record(run, trainer.method.roles)
     return trainer
 
 
-def _started(module: Any, start: checkpoint.Checkpoint | None, name: str) -> Any:
+def started(module: Any, start: checkpoint.Checkpoint | None, name: str) -> Any:
     """``module`` with the weights that the starting run has under ``name``, where it has any."""
     if start is not None and name in start.tensors:
         checkpoint.restore(f"{start.path}, {name}", module.state_dict(), start.group(name))

@@ -106,7 +106,8 @@ def _adam(
     )  # fmt: skip
 
 
-def _one_step(teacher: Teacher) -> OneStepConfig:
+def one_step(teacher: Teacher) -> OneStepConfig:
+    """The input of a teacher's one-step generator."""
     return OneStepConfig(
         initial_ratio=teacher.initial_ratio, sigma=teacher.sigma, noise_scale=teacher.noise_scale
     )
@@ -119,7 +120,7 @@ def distillation(teacher: Teacher, seed: int | None = None) -> PublishedGenerato
         bits=teacher.bits,
         text=teacher.text,
         generator=GeneratorConfig(
-            one_step=_one_step(teacher),
+            one_step=one_step(teacher),
             freeze_embeddings=True,
             reuse_rollout=False,
             optimizer=_adam(teacher.learning_rate, clip_norm=1.0),
@@ -195,7 +196,7 @@ def tteo(teacher: Teacher, seed: int | None = None) -> PublishedTestTimeRun:
         ),
         search=TestTimeConfig(
             candidates=4, iterations=4, optimizer="sgd", learning_rate=0.2,
-            one_step=_one_step(teacher), batch_size=4,
+            one_step=one_step(teacher), batch_size=4,
         ),
         seed=teacher.seed if seed is None else seed,
     )  # fmt: skip
@@ -208,7 +209,7 @@ METHODS: Mapping[str, Callable[..., Any]] = {
 
 def recipes() -> dict[str, dict[str, Callable[..., Any]]]:
     """Recipe -> method -> function of the seed; without one, the published seed."""
-    found = {
+    found: dict[str, dict[str, Callable[..., Any]]] = {
         name: {method: partial(function, teacher) for method, function in METHODS.items()}
         for name, teacher in TEACHERS.items()
     }

@@ -1,0 +1,134 @@
+"""What a published run's generator and rewards are told: class labels, or prompts through a text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softdimo_fast import _config
+from softdimo_fast.data.prompts import PromptConditions, PromptFile
+from softdimo_fast.data.source import UniformConditions
+from softdimo_fast.diffusion import Draws
+from softdimo_fast.models.conditions import Condition
+from softdimo_fast.recipes.published_models import classes_of
+from softdimo_fast.recipes.published_runs import Family, PromptInputs, RewardSources
+from softdimo_fast.rewards import WeightedRewards
+
+Encoder = Callable[[Sequence[str]], Condition]
+CHUNK = 16  # prompts that are encoded at a time
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The conditions of samples by number: of a class, or of a prompt.
+
+    Attributes:
+        classes: of a class-conditional model; None where prompts are the condition.
+        prompts: texts by number, for class labels one each; None where nothing reads text.
+        encoded: prompts as the model's condition; None for class labels.
+        device: where conditions go.
+    """
+
+    classes: int | None
+    prompts: Sequence[str] | None
+    encoded: PromptConditions | None
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls, owner: object, model: Any, text: PromptInputs, family: Family, *, batch_size: int,
+        device: torch.device, encoder: Encoder | None = None, prompts: Sequence[str] | None = None,
+    ) -> Inputs:  # fmt: skip
+        """The inputs of a model.
+
+        Args:
+            owner: named in errors.
+            batch_size: the trainer's.
+            encoder, prompts: in place of those in ``text``.
+
+        Raises:
+            ConfigError: the prompts cannot be read, or are not one a class.
+            FileNotFoundError, ModelFileError, ImportError: the text encoder cannot be read.
+        """
+        classes = classes_of(model)
+        if prompts is None and text.prompts is not None:
+            prompts = _read_prompts(owner, text.prompts)
+        if classes is not None:
+            fits = prompts is None or len(prompts) == classes
+            shown = None if prompts is None else f"{len(prompts)} prompts"
+            _config.require(
+                fits, owner, "text.prompts", shown, f"one prompt for each of {classes} classes"
+            )
+            return cls(classes, prompts, None, device)
+        _config.require(prompts is not None, owner, "text.prompts", None, "a file of prompts")
+        assert prompts is not None
+        encoder = encoder or load_encoder(family, text, device)
+        encoded = PromptConditions(prompts, encoder, batch_size, chunk=min(CHUNK, len(prompts)))
+        return cls(None, prompts, encoded, device)
+
+    @property
+    def count(self) -> int:
+        """How many classes or prompts there are."""
+        return self.classes if self.classes is not None else len(self.prompts or ())
+
+    def conditions(self) -> Callable[[Draws], Condition]:
+        """Of a micro-batch's samples: uniform labels, or every prompt once an epoch."""
+        return self.encoded or UniformConditions(self.count)
+
+    def numbered(self, numbers: Tensor) -> Condition:
+        """Of classes or prompts number ``numbers``, int64 ``[B]`` on the CPU."""
+        if self.encoded is None:
+            return numbers.to(self.device)
+        return self.encoded.of(numbers, self.device)
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """Real tokens with their caption's condition in place of its number.
+
+    Attributes:
+        source: tokens and labels of a micro-batch's draws; label i is prompt i.
+        inputs: with prompts.
+    """
+
+    source: Callable[[Draws], tuple[Tensor, Tensor]]
+    inputs: Inputs
+
+    def __call__(self, draws: Draws) -> tuple[Tensor, Condition]:
+        """Tokens ``[B, *token_shape]`` and conditions."""
+        tokens, labels = self.source(draws)
+        return tokens, self.inputs.numbered(labels.cpu())
+
+
+def _read_prompts(owner: object, path: str) -> PromptFile:
+    try:
+        return PromptFile(path)
+    except ValueError as error:
+        _config.require(False, owner, "text.prompts", path, f"a file of prompts ({error})")
+        raise
+
+
+def load_encoder(family: Family, text: PromptInputs, device: torch.device) -> Encoder:
+    """The text encoder that a family was trained with, from a local folder.
+
+    Raises:
+        FileNotFoundError, ModelFileError: a file is missing or damaged.
+        ImportError: the ``rewards`` extra, which brings the encoders, is missing.
+    """
+    raise NotImplementedError
+
+
+def load_rewards(
+    sources: RewardSources, prompts: Sequence[str], device: torch.device
+) -> WeightedRewards:
+    """The rewards of a run, summed with their weights.
+
+    Raises:
+        FileNotFoundError, ModelFileError: a file is missing or damaged.
+        ImportError: an extra is missing.
+    """
+    raise NotImplementedError

@@ -16,7 +16,10 @@ METHODS = tuple(RECIPES["digits"])
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:
-    with pytest.raises(_config.ConfigError, match=r"^recipe: must be 'digits', got 'digit'; did"):
+    with pytest.raises(
+        _config.ConfigError,
+        match=r"^recipe: must be .*'digits'.* got 'digit'; did you mean 'digits'",
+    ):
         recipe("digit", "teacher")
     with pytest.raises(
         _config.ConfigError, match=r"^method: .* got 'teachr'; did you mean 'teacher'"

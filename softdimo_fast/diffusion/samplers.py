@@ -99,7 +99,8 @@ def confidence_sample(
         condition: of B samples.
         noise: of B samples; tensors repeat another implementation's run.
         config: :class:`ConfidenceSamplerConfig`, or the sampler that a teacher was published with:
-            :class:`MaskGitSamplerConfig`, :class:`MaskBitSamplerConfig`.
+            :class:`MaskGitSamplerConfig`, :class:`MaskBitSamplerConfig`, :class:`MaskGenSamplerConfig`,
+            :class:`MeissonicSamplerConfig`.
         observe: called in each pass with its number, the tokens that it sees, and these with a draw at
             every [MASK] position.
 

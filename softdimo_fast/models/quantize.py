@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,10 @@ def nearest_codes(vectors: Tensor, table: Tensor) -> Tensor:
 
     By Euclidean distance; the lowest index on ties. The distances ``[..., V]`` are in memory at once.
     """
-    # Half precision would choose another code where two are about as near.
-    with torch.autocast(vectors.device.type, enabled=False):
+    device = vectors.device.type
+    # Half precision would choose another code where two are about as near. (The meta device, which tells
+    # shapes alone, has no autocast.)
+    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
         # |c|^2 - 2 v.c: the constant |v|^2 changes no minimum.
         products = vectors.to(table.dtype) @ table.T
         return (table.square().sum(-1) - 2 * products).argmin(-1)

@@ -74,8 +74,8 @@ def test_ranges(model: MeissonicVq) -> None:
     assert_same_bits(model.decode(tokens), 2 * unit - 1)
     assert_same_bits(model.decode(tokens.flatten(1)), 2 * unit - 1)
     assert_same_bits(model.decode_codes(codes.flatten(1, 2)), 2 * unit - 1)
-    large = model.decode_codes(codes.detach() * 1e6)
-    assert float(large.abs().max()) > 1
+    large = model.decode_codes(codes.detach() * 1e6).detach()
+    assert bool((large.abs() > 1).any())
 
 
 def test_the_condition_is_not_looked_at(model: MeissonicVq) -> None:

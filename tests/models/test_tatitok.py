@@ -78,7 +78,7 @@ def test_ranges(model: TaTiTok) -> None:
     unit = model.decode_latent(codes.transpose(1, 2)[:, :, None], condition)
     assert_same_bits(model.decode(tokens, condition), 2 * unit - 1)
     assert_same_bits(model.decode_codes(codes, condition), 2 * unit - 1)
-    assert float(model.decode_codes(100 * codes, condition).abs().max()) > 1
+    assert bool((model.decode_codes(100 * codes, condition).abs() > 1).any())
 
 
 def test_soft_and_hard_codes_agree(model: TaTiTok) -> None:

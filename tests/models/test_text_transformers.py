@@ -220,9 +220,9 @@ def test_other_dtypes(family: tuple[Any, Any], dtype: torch.dtype) -> None:
     model, condition = family
     tokens = tokens_of(model)
     expected = model.logits(model.embed(tokens), condition)
-    times = {"score", "time", "micro"}  # numbers that go into sinusoids stay float32
+    kept = {"score", "time", "micro", "prompt"}  # numbers that go into sinusoids stay float32
     cast = condition._replace(
-        **{k: v.to(dtype) for k, v in condition._asdict().items() if k not in times}
+        **{k: v.to(dtype) for k, v in condition._asdict().items() if k not in kept}
     )
     logits = model.to(dtype).logits(model.embed(tokens), cast)
     assert logits.dtype == dtype
@@ -248,7 +248,7 @@ def test_samples_do_not_mix_and_every_field_counts(family: tuple[Any, Any]) -> N
     logits = model.logits(embeddings, condition)
     alone = model.logits(embeddings[1:2], rows(condition, slice(1, 2)))
     torch.testing.assert_close(alone, logits[1:2], rtol=1e-5, atol=1e-5)
-    ignored = {"null_text", "null_pooled", "guidance"}
+    ignored = {"null_text", "null_pooled", "guidance", "prompt"}
     for name, tensor in condition._asdict().items():
         changed = condition._replace(**{name: tensor + 0.5})
         same = torch.equal(model.logits(embeddings, changed), logits)

@@ -72,7 +72,7 @@ class TextCondition(NamedTuple):
             pooled,
             score,
             absent if null_text is None else null_text.expand(batch, length, width),
-            absent[:, 0:0, 0] if null_pooled is None else null_pooled.expand(batch, width),
+            absent[:, 0:0, 0] if null_pooled is None else null_pooled.expand(pooled.shape),
             absent if guidance is None else guidance,
             _numbers(prompt, batch, text.device),
         )

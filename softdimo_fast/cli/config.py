@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
@@ -12,6 +12,7 @@ from softdimo_fast import _config
 from softdimo_fast.cli.arguments import RecipeName, Seed
 from softdimo_fast.recipes import RECIPES, recipe
 from softdimo_fast.recipes.published import is_open, open_settings
+from softdimo_fast.recipes.published_runs import PublishedGeneratorRun
 
 OUR_DEFAULT = "(our default: the paper leaves it open)"
 
@@ -47,8 +48,19 @@ def run(
             else f"# softdimo tteo {recipe_name}"
         )
         print(_config.render(config, note=partial(_note, open_settings(recipe_name, name))))
-        print()
+        print("", *_memory(recipe_name, config), sep="\n")
     return 0
+
+
+def _memory(recipe_name: str, config: Any) -> list[str]:
+    """What a run on a published teacher holds, at the published sizes."""
+    if not isinstance(config, PublishedGeneratorRun):
+        return []
+    from softdimo_fast.recipes.published_memory import estimate, published_models
+
+    lines = estimate(config, *published_models(recipe_name, config.bits)).lines()
+    lines.append("(float32, without activations, rewards and text encoders)")
+    return ["# memory of the device", *(f"#   {line}" for line in lines), ""]
 
 
 def _note(settings: tuple[str, ...], field: str) -> str:

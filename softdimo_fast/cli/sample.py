@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
 from softdimo_fast import _config
-from softdimo_fast.cli.arguments import Changes, RunFolder
+from softdimo_fast.cli.arguments import Changes, ModelSource, RunFolder
 from softdimo_fast.cli.errors import UsageError, require_folder
 
 RECIPES_OWN = "(default: the recipe's)"
@@ -30,19 +31,36 @@ def run(
     temperature: Annotated[
         float | None, arg(metavar="FLOAT", help_behavior_hint=RECIPES_OWN)
     ] = None,
+    tokenizer: ModelSource = None,
+    prompts: Annotated[
+        Path | None, arg(metavar="PATH", help_behavior_hint="(default: the run's)")
+    ] = None,
+    text_encoder: ModelSource = None,
+    one_step: bool = False,
+    device: str = "cpu",
+    batch_size: int = 16,
     set: Changes = (),  # the option's name, and nothing here needs the builtin
 ) -> int:
     """Samples a trained generator in one step, or a teacher in several.
 
+    A published teacher runs through the sampler that it was published with.
+
     Args:
-        run_folder: of a finished distillation, adversarial or reward run, or of a teacher.
+        run_folder: of a finished distillation, adversarial or reward run, or of a teacher; or a published
+            model: a file, a folder or a hub id.
         out: a .png, or a .safetensors with the images [count, channels, height, width] in [-1, 1].
         count: how many images.
-        condition: the class of all images.
+        condition: the class (or prompt, from 0) of all images.
         seed: of the images: the same seed gives the same images.
         decode: a generator's tokens sampled, the likeliest ones, or the soft embedding.
         steps: of a teacher's sampler.
         temperature: of the tokens' softmax.
+        tokenizer: of a published model: a file, a folder or a hub id.
+        prompts: of a text-to-image model: a file, one prompt a line.
+        text_encoder: of a text-to-image model: a folder.
+        one_step: the published model is a one-step generator.
+        device: for published models.
+        batch_size: for published models: images at a time.
         set: further settings of the sampler, as initial_ratio=0.7 or confidence_temperature=2.
     """
     from softdimo_fast._files import write_atomically
@@ -52,10 +70,73 @@ def run(
     require_folder("--out: its parent", out.parent)
     changes = list(set)
     changes += [f"temperature={temperature}"] if temperature is not None else []
-    images = _images(run_folder, count, condition, seed, decode, steps, changes)
+    published = _Published(tokenizer, prompts, text_encoder, one_step, device, batch_size)
+    if published.are_meant(run_folder):
+        images = published.images(run_folder, count, condition, seed, decode, steps, changes)
+    else:
+        published.refuse(run_folder)
+        images = _images(run_folder, count, condition, seed, decode, steps, changes)
     write_atomically(out, encode(images))
     print(f"{count} images in {out}")
     return 0
+
+
+@dataclass(frozen=True)
+class _Published:
+    """The options that published models take."""
+
+    tokenizer: str | None
+    prompts: Path | None
+    text_encoder: str | None
+    one_step: bool
+    device: str
+    batch_size: int
+
+    def are_meant(self, source: Path) -> bool:
+        """Whether ``source`` is a published model, or a run on one."""
+        from softdimo_fast.models.files import DESCRIPTION
+        from softdimo_fast.recipes.build import finished_run
+        from softdimo_fast.recipes.published_runs import PublishedGeneratorRun
+        from softdimo_fast.trainers import checkpoint
+
+        if checkpoint.find(source / "checkpoints"):
+            return isinstance(finished_run(source), PublishedGeneratorRun)
+        return self.tokenizer is not None or source.is_file() or (source / DESCRIPTION).exists()
+
+    def refuse(self, folder: Path) -> None:
+        """Where they are given for a run that has its own."""
+        options = {
+            "--tokenizer": self.tokenizer, "--prompts": self.prompts,
+            "--text-encoder": self.text_encoder, "--one-step": self.one_step or None,
+        }  # fmt: skip
+        for name, value in options.items():
+            if value is not None:
+                raise UsageError(f"{name} is for published models; {folder} holds a run of digits")
+
+    def images(
+        self, source: Path, count: int, condition: int | None, seed: int, decode: Any,
+        steps: int | None, changes: list[str],
+    ) -> Any:  # fmt: skip
+        from softdimo_fast.diffusion import OneStepConfig
+        from softdimo_fast.recipes.published_samples import ImageMaker
+
+        _config.require_range("", "--batch-size", self.batch_size, minimum=1)
+        maker = ImageMaker.of(
+            source, tokenizer=self.tokenizer, one_step=self.one_step, prompts=self.prompts,
+            text_encoder=self.text_encoder, device=self.device,
+        )  # fmt: skip
+        if isinstance(maker.sampler, OneStepConfig):
+            if steps not in (None, 1):
+                raise UsageError(f"--steps is a teacher's: a generator makes one, got {steps}")
+        elif decode is not None:
+            raise UsageError(f"--decode is a generator's: a teacher samples, got {decode}")
+        elif steps is not None:
+            changes = [*changes, f"steps={steps}"]
+        maker = maker.with_settings(changes)
+        numbers = maker.numbers(count, condition)
+        return maker.images(
+            numbers, seed=seed, decode=decode or "sample", batch_size=self.batch_size
+        )
 
 
 def _encoder(out: Path) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 from softdimo_fast.diffusion import OneStepConfig, guidance_from_weight
 from softdimo_fast.diffusion.initial import NoiseScale
 from softdimo_fast.diffusion.masking import MaskSchedule
+from softdimo_fast.models.text_encoders import NEGATIVE_PROMPT
 from softdimo_fast.recipes.published_runs import (
     TEXT_FAMILIES,
     Family,
@@ -37,11 +38,6 @@ from softdimo_fast.trainers.reward import RewardConfig
 from softdimo_fast.trainers.test_time import TestTimeConfig
 from softdimo_fast.trainers.trainer import TrainerConfig
 
-# The one that Meissonic's own samplers and the public Di[M]O code use.
-NEGATIVE_PROMPT = (
-    "worst quality, low quality, low res, blurry, distortion, watermark, logo, signature, text, "
-    "jpeg artifacts, signature, sketch, duplicate, ugly, identifying mark"
-)
 LONGER = "adversarial_longer"
 
 

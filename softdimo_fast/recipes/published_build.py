@@ -74,7 +74,7 @@ def build_published_trainer(
     device = require_device(run, "trainer.device", run.trainer.device)
     models = _read(run, folder)
     inputs = Inputs.of(
-        run, models.teacher, run.text, run.family, batch_size=run.trainer.batch_size,
+        run, models.teacher, run.text, batch_size=run.trainer.batch_size,
         device=device, encoder=encoder,
     )  # fmt: skip
     real = _real_tokens(run, models.teacher, inputs)

@@ -13,9 +13,10 @@ from softdimo_fast import _config
 from softdimo_fast.data.prompts import PromptConditions, PromptFile
 from softdimo_fast.data.source import UniformConditions
 from softdimo_fast.diffusion import Draws
+from softdimo_fast.models import describe
 from softdimo_fast.models.conditions import Condition
 from softdimo_fast.recipes.published_models import classes_of
-from softdimo_fast.recipes.published_runs import Family, PromptInputs, RewardSources
+from softdimo_fast.recipes.published_runs import PromptInputs, RewardSources
 from softdimo_fast.rewards import WeightedRewards
 
 Encoder = Callable[[Sequence[str]], Condition]
@@ -40,23 +41,22 @@ class Inputs:
 
     @classmethod
     def of(
-        cls, owner: object, model: Any, text: PromptInputs, family: Family, *, batch_size: int,
-        device: torch.device, encoder: Encoder | None = None, prompts: Sequence[str] | None = None,
+        cls, owner: object, model: Any, text: PromptInputs, *, batch_size: int,
+        device: torch.device, encoder: Encoder | None = None,
     ) -> Inputs:  # fmt: skip
         """The inputs of a model.
 
         Args:
             owner: named in errors.
             batch_size: the trainer's.
-            encoder, prompts: in place of those in ``text``.
+            encoder: in place of the one in ``text``.
 
         Raises:
             ConfigError: the prompts cannot be read, or are not one a class.
             FileNotFoundError, ModelFileError, ImportError: the text encoder cannot be read.
         """
         classes = classes_of(model)
-        if prompts is None and text.prompts is not None:
-            prompts = _read_prompts(owner, text.prompts)
+        prompts = None if text.prompts is None else _read_prompts(owner, text.prompts)
         if classes is not None:
             fits = prompts is None or len(prompts) == classes
             shown = None if prompts is None else f"{len(prompts)} prompts"
@@ -66,7 +66,12 @@ class Inputs:
             return cls(classes, prompts, None, device)
         _config.require(prompts is not None, owner, "text.prompts", None, "a file of prompts")
         assert prompts is not None
-        encoder = encoder or load_encoder(family, text, device)
+        if encoder is None:
+            _config.require(
+                text.encoder is not None, owner, "text.encoder", None,
+                "given: the folder of the text encoder",
+            )  # fmt: skip
+            encoder = load_encoder(describe(model)["family"], text, device)
         encoded = PromptConditions(prompts, encoder, batch_size, chunk=min(CHUNK, len(prompts)))
         return cls(None, prompts, encoded, device)
 
@@ -112,14 +117,21 @@ def _read_prompts(owner: object, path: str) -> PromptFile:
         raise
 
 
-def load_encoder(family: Family, text: PromptInputs, device: torch.device) -> Encoder:
+def load_encoder(family: str, text: PromptInputs, device: torch.device) -> Encoder:
     """The text encoder that a family was trained with, from a local folder.
 
     Raises:
         FileNotFoundError, ModelFileError: a file is missing or damaged.
         ImportError: the ``rewards`` extra, which brings the encoders, is missing.
     """
-    raise NotImplementedError
+    from softdimo_fast.models.text_encoders import MaskGenTextEncoder, MeissonicTextEncoder
+
+    folder = str(text.encoder)
+    if family == "maskgen_vq":
+        return MaskGenTextEncoder.load(folder, score=text.score).to(device)
+    return MeissonicTextEncoder.load(
+        folder, negative_prompt=text.negative_prompt, micro=text.micro
+    ).to(device)
 
 
 def load_rewards(

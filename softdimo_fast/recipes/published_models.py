@@ -54,7 +54,7 @@ def _paths(run: PublishedRun) -> dict[str, str | None]:
 def _require_there(run: PublishedRun, name: str, path: str) -> None:
     if Path(path).exists():
         return
-    model = name in ("teacher", "student", "tokenizer", "generator")
+    model = name not in ("text.prompts", "real_tokens")
     if model and looks_like_a_hub_id(path):
         return
     kinds = "a file, a folder or a hub id (owner/name)" if model else "a file or a folder"

@@ -35,7 +35,8 @@ class PromptInputs:
         prompts: a file of prompts. A class-conditional teacher needs it for rewards that read text: one line
             a class, in the order of the labels.
         encoder: the folder of the teacher's text encoder.
-        negative_prompt: of the unconditional branch of guidance.
+        negative_prompt: of Meissonic's unconditional branch of guidance; the other families have a class or
+            the empty prompt there, and take none.
         score: the aesthetic score that MaskGen is asked for.
         micro: Meissonic's micro-conditions: width, height, two crop offsets, aesthetic score.
     """
@@ -133,6 +134,7 @@ class PublishedGeneratorRun:
     def __post_init__(self) -> None:
         _config.require_types(self)
         _require_bits(self, self.family, self.bits)
+        _require_prompt(self, self.family, self.text)
         terms = (self.distillation, self.adversarial, self.reward)
         _config.require(
             any(term is not None for term in terms), self, "distillation", self.distillation,
@@ -200,6 +202,7 @@ class PublishedTestTimeRun:
     def __post_init__(self) -> None:
         _config.require_types(self)
         _require_bits(self, self.family, self.bits)
+        _require_prompt(self, self.family, self.text)
         _config.require_range(self, "samples", self.samples, minimum=1)
         _config.require(
             self.timestep == "condition" or self.family == "meissonic", self, "timestep",
@@ -222,6 +225,13 @@ def _require_bits(owner: object, family: str, bits: int | None) -> None:
     )  # fmt: skip
     if bits is not None:
         _config.require(bits >= 2 and bits % 2 == 0, owner, "bits", bits, "an even number >= 2")
+
+
+def _require_prompt(owner: object, family: str, text: PromptInputs) -> None:
+    _config.require(
+        text.negative_prompt == "" or family == "meissonic", owner, "text.negative_prompt",
+        text.negative_prompt, f"'' for {family}",
+    )  # fmt: skip
 
 
 def _missing_text(family: str, text: PromptInputs, rewards: RewardSources | None) -> dict[str, str]:

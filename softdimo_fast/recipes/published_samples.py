@@ -1,4 +1,4 @@
-"""Images of published teachers, in their own samplers' steps, and of one-step generators; test-time search."""
+"""Images of published teachers, in their samplers' steps, and of one-step generators; test-time search."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from softdimo_fast.diffusion.samplers import Decode
 from softdimo_fast.diffusion.text_samplers import MaskGenSamplerConfig, MeissonicSamplerConfig
 from softdimo_fast.models import describe, from_pretrained
 from softdimo_fast.recipes.build import finished_run, trained_role
-from softdimo_fast.recipes.published import TEACHERS, one_step
+from softdimo_fast.recipes.published import TEACHERS, Teacher, one_step
 from softdimo_fast.recipes.published_inputs import Encoder, Inputs, load_rewards
 from softdimo_fast.recipes.published_models import (
     load_model,
@@ -34,7 +34,6 @@ from softdimo_fast.recipes.published_models import (
     require_given,
 )
 from softdimo_fast.recipes.published_runs import (
-    PromptInputs,
     PublishedGeneratorRun,
     PublishedTestTimeRun,
 )
@@ -54,8 +53,19 @@ def published_sampler(model: Any) -> Any:
 
 def published_one_step(model: Any) -> OneStepConfig:
     """The input that the recipe of a family gives its one-step generator."""
+    return one_step(_teacher_of(model))
+
+
+def _teacher_of(model: Any) -> Teacher:
     family = describe(model)["family"]
-    return one_step(next(t for t in TEACHERS.values() if t.family == family))
+    return next(teacher for teacher in TEACHERS.values() if teacher.family == family)
+
+
+def _published_model(source: str | Path) -> Any:
+    model = from_pretrained(source)
+    known = tuple(dict.fromkeys(teacher.family for teacher in TEACHERS.values()))
+    _config.require_choice("sample", "model", describe(model)["family"], known)
+    return model
 
 
 def is_run(source: str | Path) -> bool:
@@ -82,16 +92,16 @@ class ImageMaker:
     @classmethod
     def of(
         cls, source: str | Path, *, tokenizer: str | None = None, one_step: bool = False,
-        text: PromptInputs | None = None, device: str = "cpu", encoder: Encoder | None = None,
-        prompts: Sequence[str] | None = None,
+        prompts: str | Path | None = None, text_encoder: str | None = None, device: str = "cpu",
+        encoder: Encoder | None = None,
     ) -> ImageMaker:  # fmt: skip
         """From a finished run of a published recipe, or from a model source.
 
         Args:
             tokenizer: model source; None takes the run's.
             one_step: the model source is a one-step generator; a run always is.
-            text: prompts and text encoder; None takes the run's.
-            encoder, prompts: in place of those in ``text``.
+            prompts, text_encoder: a file and a folder; None takes the run's.
+            encoder: in place of ``text_encoder``.
 
         Raises:
             ConfigError: what is needed is not given, or does not fit.
@@ -104,23 +114,20 @@ class ImageMaker:
             is_ours = isinstance(run, PublishedGeneratorRun)
             _config.require(is_ours, "sample", "run", type(run).__name__, "of a published recipe")
             model, sampler = trained_role(Path(source), "student"), run.generator.one_step
-            tokenizer, text = tokenizer or run.tokenizer, text or run.text
+            tokenizer, text = tokenizer or run.tokenizer, run.text
         else:
-            model = from_pretrained(source)
-            family = describe(model)["family"]
-            known = tuple(teacher.family for teacher in TEACHERS.values())
-            _config.require_choice("sample", "model", family, known)
+            model = _published_model(source)
             sampler = published_one_step(model) if one_step else published_sampler(model)
+            text = _teacher_of(model).text
         _config.require(
-            tokenizer is not None, "sample", "tokenizer", None, "given: a tokenizer's weights"
-        )
-        family = describe(model)["family"]
-        if text is None:
-            text = next(t.text for t in TEACHERS.values() if t.family == family)
-        inputs = Inputs.of(
-            "sample", model, text, family, batch_size=1, device=place, encoder=encoder,
-            prompts=prompts,
+            tokenizer is not None, "sample", "tokenizer", None,
+            "given: a file, a folder or a hub id",
         )  # fmt: skip
+        text = replace(
+            text, prompts=text.prompts if prompts is None else str(prompts),
+            encoder=text.encoder if text_encoder is None else text_encoder,
+        )  # fmt: skip
+        inputs = Inputs.of("sample", model, text, batch_size=1, device=place, encoder=encoder)
         decoder = load_tokenizer("sample", model, str(tokenizer))
         return cls(model.to(place), decoder.to(place), sampler, inputs)
 
@@ -169,12 +176,14 @@ def search(
     *,
     encoder: Encoder | None = None,
     reward: Reward | None = None,
+    ready: Callable[[], None] = lambda: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[TestTimeResult, Tensor]:
     """Best-of-N and TTEO for every class or prompt in turn.
 
     Args:
         encoder, reward: in place of those in the run.
+        ready: called when everything is read and checked, before the search.
         stop: True raises :class:`InterruptedError`.
 
     Returns:
@@ -190,9 +199,7 @@ def search(
     device = require_device(run, "device", run.device)
     generator = _generator(run)
     tokenizer = load_tokenizer(run, generator, str(run.tokenizer))
-    inputs = Inputs.of(
-        run, generator, run.text, run.family, batch_size=1, device=device, encoder=encoder
-    )
+    inputs = Inputs.of(run, generator, run.text, batch_size=1, device=device, encoder=encoder)
     reward = reward or load_rewards(run.rewards, inputs.prompts or (), device)
     optimizer = TestTimeEmbeddingOptimizer(
         generator.to(device), tokenizer.to(device), reward, run.search
@@ -200,6 +207,7 @@ def search(
     numbers = torch.arange(run.samples) % inputs.count
     condition = inputs.numbered(numbers)
     draws = Draws.of(run.seed, 0, run.samples, device=device).fork("search")
+    ready()
     return optimizer(condition, condition, draws, stop=stop), numbers
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.published import SIZES
 from torch import Tensor
 
 from softdimo_fast import _config
@@ -18,6 +17,7 @@ from softdimo_fast.models import build, save_pretrained
 from softdimo_fast.models.text_conditions import MeissonicCondition, TextCondition
 from softdimo_fast.recipes import recipe
 from softdimo_fast.recipes.published_models import classes_of
+from support.published import SIZES
 
 RECIPES = ("maskgit", "maskbit", "maskgen_l", "maskgen_xl", "meissonic")
 TEXT_RECIPES = RECIPES[2:]
@@ -126,7 +126,9 @@ def write_files(root: Path, family: str) -> Files:
         classes=classes,
     ) as writer:  # fmt: skip
         generator = torch.Generator().manual_seed(2)
-        tokens = torch.randint(teacher.vocabulary, (IMAGES, *teacher.token_shape), generator=generator)
+        tokens = torch.randint(
+            teacher.vocabulary, (IMAGES, *teacher.token_shape), generator=generator
+        )
         writer.append(tokens, torch.arange(IMAGES) % classes)
     return Files(root, family)
 

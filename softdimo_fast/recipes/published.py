@@ -28,6 +28,7 @@ from softdimo_fast.recipes.published_runs import (
     RewardSource,
     RewardSources,
 )
+from softdimo_fast.rewards.clip import RENO_WEIGHTS
 from softdimo_fast.trainers.adversarial import AdversarialConfig
 from softdimo_fast.trainers.distillation import DistillationConfig
 from softdimo_fast.trainers.ema import EmaConfig
@@ -169,14 +170,17 @@ def longer(teacher: Teacher, seed: int | None = None) -> PublishedGeneratorRun:
     )
 
 
+def _rewards(*names: str) -> RewardSources:
+    """With ReNO's weights, the nearest that are public."""
+    return RewardSources(**{name: RewardSource(weight=RENO_WEIGHTS[name]) for name in names})
+
+
 def reward(teacher: Teacher, seed: int | None = None) -> PublishedGeneratorRun:
     """Soft-Di[M]O: Di[M]O, with rewards of the softly decoded images."""
     return replace(
         distillation(teacher, seed),
         reward=RewardConfig(weight=100.0, relaxation="soft"),
-        rewards=RewardSources(
-            clip=RewardSource(weight=0.01), image_reward=RewardSource(weight=1.0)
-        ),
+        rewards=_rewards("clip", "image_reward"),
     )
 
 
@@ -186,10 +190,7 @@ def tteo(teacher: Teacher, seed: int | None = None) -> PublishedTestTimeRun:
         family=teacher.family,
         bits=teacher.bits,
         text=teacher.text,
-        rewards=RewardSources(
-            clip=RewardSource(weight=0.01), image_reward=RewardSource(weight=1.0),
-            hps=RewardSource(weight=5.0), pick_score=RewardSource(weight=0.05),
-        ),
+        rewards=_rewards("clip", "image_reward", "hps", "pick_score"),
         search=TestTimeConfig(
             candidates=4, iterations=4, optimizer="sgd", learning_rate=0.2,
             one_step=one_step(teacher), batch_size=4,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +18,12 @@ from softdimo_fast.diffusion import Draws
 from softdimo_fast.models import describe
 from softdimo_fast.models.conditions import Condition
 from softdimo_fast.recipes.published_models import classes_of
-from softdimo_fast.recipes.published_runs import PromptInputs, RewardSources
-from softdimo_fast.rewards import WeightedRewards
+from softdimo_fast.recipes.published_runs import PromptInputs, RewardSource, RewardSources
+from softdimo_fast.rewards import Reward, WeightedRewards
 
 Encoder = Callable[[Sequence[str]], Condition]
 CHUNK = 16  # prompts that are encoded at a time
+ENCODED_AT_ONCE = 65_536  # prompts that a reward keeps on a GPU, 4 KB each
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,48 @@ def load_rewards(
 ) -> WeightedRewards:
     """The rewards of a run, summed with their weights.
 
+    Args:
+        prompts: that conditions count; with class labels, one for each class.
+
     Raises:
         FileNotFoundError, ModelFileError: a file is missing or damaged.
-        ImportError: an extra is missing.
+        ImportError: an extra, or the package ``image-reward``, is missing.
     """
-    raise NotImplementedError
+    named = sources.named()
+    rewards: dict[str, Reward] = {}
+    for name, source in named.items():
+        reward = _load_reward(name, source, prompts).to(device)
+        # On a GPU, finding out which prompts are still to be encoded would wait for it in every step.
+        if device.type != "cpu" and len(prompts) <= ENCODED_AT_ONCE:
+            reward.encode_prompts()
+        rewards[name] = reward
+    return WeightedRewards(rewards, {name: source.weight for name, source in named.items()})
+
+
+def _load_reward(name: str, source: RewardSource, prompts: Sequence[str]) -> Any:
+    from softdimo_fast.rewards.clip import ClipReward, HpsReward, PickScoreReward
+
+    path = str(source.path)
+    if name == "clip":
+        return ClipReward.load(path, prompts, tokenizer=source.tokenizer)
+    if name == "pick_score":
+        return PickScoreReward.load(path, prompts, tokenizer=source.tokenizer)
+    return HpsReward.load(path, prompts) if name == "hps" else _image_reward(Path(path), prompts)
+
+
+def _image_reward(path: Path, prompts: Sequence[str]) -> Any:
+    from softdimo_fast.rewards.clip import ImageRewardReward
+
+    weights = path / "ImageReward.pt" if path.is_dir() else path
+    config = weights.with_name("med_config.json")
+    for file in (weights, config):
+        if not file.is_file():
+            raise FileNotFoundError(f"rewards.image_reward.path: there is no file {file}")
+    try:
+        package = importlib.import_module("ImageReward")
+    except ImportError as error:
+        raise ImportError(
+            "rewards.image_reward needs the package image-reward, whose pins do not go with this package's "
+            "extras: pip install --no-deps image-reward, or rewards.image_reward=none"
+        ) from error
+    return ImageRewardReward(package.load(str(weights), med_config=str(config)), prompts)

@@ -48,7 +48,8 @@ def _paths(run: PublishedRun) -> dict[str, str | None]:
         paths["generator"] = run.generator
     paths["tokenizer"] = run.tokenizer
     rewards = {} if run.rewards is None else run.rewards.named()
-    return paths | {f"rewards.{name}.path": source.path for name, source in rewards.items()}
+    paths |= {f"rewards.{name}.path": source.path for name, source in rewards.items()}
+    return paths | {f"rewards.{name}.tokenizer": s.tokenizer for name, s in rewards.items()}
 
 
 def _require_there(run: PublishedRun, name: str, path: str) -> None:

@@ -56,12 +56,14 @@ class RewardSource:
     """One reward.
 
     Attributes:
-        path: its published file or folder.
+        path: its published file, folder or hub id; of ImageReward the file, with med_config.json beside it.
         weight: lambda.
+        tokenizer: another folder with the tokenizer's files, of CLIP and PickScore (whose own has none).
     """
 
     path: str | None = None
     weight: float = 1.0
+    tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         _config.require_types(self)
@@ -82,6 +84,12 @@ class RewardSources:
         _config.require(
             bool(self.named()), self, "clip", self.clip, "set where all other rewards are None"
         )
+        for name in ("image_reward", "hps"):
+            source = getattr(self, name)
+            tokenizer = None if source is None else source.tokenizer
+            _config.require(
+                tokenizer is None, self, f"{name}.tokenizer", tokenizer, "None: it has its own"
+            )
 
     def named(self) -> dict[str, RewardSource]:
         """Those that are set."""

@@ -116,6 +116,7 @@ class Files:
 
 def write_files(root: Path, family: str) -> Files:
     """Teacher, tokenizer, prompts and real tokens of a family in ``root``."""
+    root.mkdir(exist_ok=True)
     teacher, tokenizer = tiny_model(family), tiny_model(TOKENIZER[family], seed=1)
     save_pretrained(teacher, root / "teacher")
     save_pretrained(tokenizer, root / "tokenizer")

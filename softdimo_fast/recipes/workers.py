@@ -90,6 +90,7 @@ class _Workers:
         self.messages: Any = context.Queue()
         # Not an Event: its lock, if a worker was killed while it held it, would stop all others.
         self._stopping: Any = context.RawValue("b", 0)
+        self._processes: set[Any] = set()
         self._pool = ProcessPoolExecutor(
             jobs, mp_context=context, initializer=_start_worker,
             initargs=(self.messages, self._stopping),
@@ -98,8 +99,19 @@ class _Workers:
     def submit(self, stage: Stage) -> Future[StageResult]:
         # Workers start at the first submissions, and inherit both: the variables, and that a signal waits
         # until they can ignore it.
+        before = set(multiprocessing.active_children())
         with _environment(THREADS), _held_back(SIGNALS):
-            return self._pool.submit(_work, stage, self.out / stage.name)
+            future = self._pool.submit(_work, stage, self.out / stage.name)
+        self._processes |= set(multiprocessing.active_children()) - before
+        return future
+
+    def lost(self) -> bool:
+        """Whether a worker died.
+
+        The pool does not see it at once where the worker started after the pool's thread had begun to wait:
+        the death of the only busy one would never be noticed.
+        """
+        return bool(wait_for([process.sentinel for process in self._processes], timeout=0))
 
     def stop(self) -> None:
         """Asks the running stages to save themselves."""
@@ -130,6 +142,7 @@ class _Scheduler:
             self._show()
             for future in done:
                 self._finish(future)
+            self._require_workers()
             if self.stop() and (self.waiting or self.running):
                 self._stop()
 
@@ -141,6 +154,10 @@ class _Scheduler:
         stage = self.running.pop(future)
         self.results[stage.name] = result
         self.display.finish(stage, result, earlier=False)
+
+    def _require_workers(self) -> None:
+        if self.running and self.workers.lost():
+            raise self._worker_error()
 
     def _worker_error(self) -> WorkerError:
         titles = ", ".join(stage.title for stage in self.running.values()) or "no stage"
@@ -170,7 +187,8 @@ class _Scheduler:
 
     def _stop(self) -> None:
         self.workers.stop()
-        wait(self.running)
+        while wait(self.running, timeout=0.2).not_done:
+            self._require_workers()
         for future in list(self.running):
             with suppress(Stopped):  # another error is one: that stage is not saved
                 self._finish(future)

@@ -30,7 +30,8 @@ def run(
     """Trains one method of a recipe: tokenizer, teacher, distillation, adversarial, reward, ...
 
     A run that needs others (a distillation its teacher and tokenizer) looks for them beside its own folder,
-    under the names in its configuration.
+    under the names in its configuration. Those on published teachers take paths instead: --set
+    teacher=PATH tokenizer=PATH ...; what must be given is said where it is missing.
 
     Args:
         method: `softdimo config RECIPE` lists them.
@@ -43,10 +44,11 @@ def run(
         resume: go on from the newest checkpoint in the folder.
     """
     from softdimo_fast.recipes.build import build_trainer
+    from softdimo_fast.recipes.published_runs import PublishedTestTimeRun
     from softdimo_fast.recipes.runs import TestTimeRun
 
     settings = load_settings(recipe_name, method, seed, config, set)
-    if isinstance(settings, TestTimeRun):
+    if isinstance(settings, TestTimeRun | PublishedTestTimeRun):
         raise UsageError(f"{method} trains nothing: it is `softdimo tteo {recipe_name}`")
     folder = Path("runs") / method if out is None else out
     _require_state(folder, resume=resume)

@@ -108,8 +108,13 @@ class Captioned:
 
     def __call__(self, draws: Draws) -> tuple[Tensor, Condition]:
         """Tokens ``[B, *token_shape]`` and conditions."""
-        tokens, labels = self.source(draws)
-        return tokens, self.inputs.numbered(labels.cpu())
+        # Drawn on the host, which must read the numbers: reading them back would wait for the device.
+        host = Draws.of(draws.seed, draws.step, len(draws), first=draws.first)
+        tokens, labels = self.source(host)
+        device = draws.samples.device
+        if device.type == "cuda":
+            tokens = tokens.pin_memory()
+        return tokens.to(device, non_blocking=True), self.inputs.numbered(labels)
 
 
 def _read_prompts(owner: object, path: str) -> PromptFile:

@@ -216,7 +216,7 @@ def test_rewards_of_classes(
     assert softdimo("train", "reward", "maskgit", "--out", out, "--set", *settings) == 0
     assert is_finished(out)
     capsys.readouterr()
-    missing = (*settings, f"rewards.image_reward.path={tmp_path}")
+    missing = (*settings[:-1], f"rewards.image_reward.path={tmp_path}")
     said = refused(
         capsys, "train", "reward", "maskgit", "--out", tmp_path / "other", "--set", *missing
     )

@@ -88,13 +88,14 @@ def library_of(path: Path) -> Library:
 # transformers
 
 
-def load_transformers(kind: str, folder: Path) -> Any:
+def load_transformers(kind: str, folder: Path, **config: Any) -> Any:
     """The model in a transformers folder, float32 on the CPU, frozen.
 
     Args:
         kind: of transformers' classes, ``CLIPModel`` or ``CLIPTextModelWithProjection``; the latter takes
             its part of a whole model's file.
         folder: with ``config.json`` and the weights.
+        config: settings that replace the folder's.
 
     Raises:
         ImportError: transformers is missing.
@@ -110,7 +111,7 @@ def load_transformers(kind: str, folder: Path) -> Any:
     try:
         # The class is named, and no code comes from the folder.
         model, found = getattr(transformers, kind).from_pretrained(
-            folder, local_files_only=True, output_loading_info=True
+            folder, local_files_only=True, output_loading_info=True, **config
         )
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelFileError(f"{folder} is no {kind}: {error}") from error
@@ -157,7 +158,9 @@ def transformers_tokenizer(folder: Path, length: int, *, pad: int | None = None)
 # open_clip
 
 
-def load_open_clip(source: Path, architecture: str, *, text_only: bool = False) -> Any:
+def load_open_clip(
+    source: Path, architecture: str, *, text_only: bool = False, quick_gelu: bool | None = None
+) -> Any:
     """The model in an open_clip folder or file, float32 on the CPU, frozen.
 
     Args:
@@ -165,6 +168,7 @@ def load_open_clip(source: Path, architecture: str, *, text_only: bool = False) 
             or a dict that holds one as ``state_dict``).
         architecture: open_clip's name of what a file holds; a folder says it itself.
         text_only: without the image tower.
+        quick_gelu: the activation is OpenAI's approximation; None: as the architecture says.
 
     Raises:
         ImportError: open_clip is missing.
@@ -180,6 +184,8 @@ def load_open_clip(source: Path, architecture: str, *, text_only: bool = False) 
         config, file = open_clip.get_model_config(architecture), source
         if config is None:
             raise ValueError(f"open_clip knows no architecture {architecture!r}")
+    if quick_gelu is not None:
+        config = {**config, "quick_gelu": quick_gelu}
     text = config.get("text_cfg", {})
     if config.get("custom_text") or "hf_model_name" in text:
         raise ModelFileError(f"{source} is no plain CLIP model: its text tower is another")

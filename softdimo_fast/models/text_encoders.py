@@ -67,6 +67,7 @@ class ClipText(nn.Module):
         library: Library | None = None,
         architecture: str = MASKGEN_ARCHITECTURE,
         pad: int | None = None,
+        quick_gelu: bool | None = None,
         tokenizer: str | Path | None = None,
         revision: str | None = None,
     ) -> ClipText:
@@ -77,6 +78,7 @@ class ClipText(nn.Module):
             library: that reads it; None: transformers, unless the files are open_clip's.
             architecture: open_clip's name of what a weight file holds.
             pad: the token id behind the end, in transformers; None: the tokenizer's own. open_clip's is 0.
+            quick_gelu: True: OpenAI's approximation of GELU, False: GELU; None: as the files say.
             tokenizer: another folder (or hub id) with transformers' tokenizer files.
             revision: of ``source`` on the hub: a commit.
 
@@ -90,9 +92,14 @@ class ClipText(nn.Module):
         words = words / "tokenizer" if (words / "tokenizer").is_dir() else words
         path = path / "text_encoder" if (path / "text_encoder").is_dir() else path
         if (library or clip_files.library_of(path)) == "open_clip":
-            model = clip_files.load_open_clip(path, architecture, text_only=True)
+            model = clip_files.load_open_clip(
+                path, architecture, text_only=True, quick_gelu=quick_gelu
+            )
             return OpenClipText(model, clip_files.open_clip_tokenizer(model.context_length))
-        model = clip_files.load_transformers("CLIPTextModelWithProjection", path)
+        config = (
+            {} if quick_gelu is None else {"hidden_act": "quick_gelu" if quick_gelu else "gelu"}
+        )
+        model = clip_files.load_transformers("CLIPTextModelWithProjection", path, **config)
         length = model.config.max_position_embeddings
         return TransformersText(model, clip_files.transformers_tokenizer(words, length, pad=pad))
 
@@ -165,6 +172,7 @@ class MaskGenTextEncoder(nn.Module):
         *,
         score: float = 6.5,
         guidance: bool = True,
+        quick_gelu: bool | None = None,
         library: Library | None = None,
         revision: str | None = None,
     ) -> MaskGenTextEncoder:
@@ -174,6 +182,9 @@ class MaskGenTextEncoder(nn.Module):
                 open_clip's ViT-L-14-336; see :meth:`ClipText.load`. transformers' tokenizer neither unescapes
                 HTML nor mends broken Unicode, as open_clip's, with which MaskGen was trained, does.
             score, guidance: see the constructor.
+            quick_gelu: None: as the files say, which for OpenAI's weights is QuickGELU. The published code
+                names the tower in a way (``ViT-L-14-336``, ``openai``) that open_clip built with QuickGELU up
+                to 2.28 and builds with GELU since; with which one MaskGen was trained is not known.
             library: that reads it; None: transformers, unless the files are open_clip's.
             revision: of a hub repository: a commit.
 
@@ -182,7 +193,7 @@ class MaskGenTextEncoder(nn.Module):
         """
         tower = ClipText.load(
             source, library=library, architecture=MASKGEN_ARCHITECTURE, pad=OPEN_CLIP_PADDING,
-            revision=revision,
+            quick_gelu=quick_gelu, revision=revision,
         )  # fmt: skip
         return cls(tower, score=score, guidance=guidance)
 

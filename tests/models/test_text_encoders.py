@@ -232,6 +232,13 @@ def test_both_libraries_agree(tmp_path: Path) -> None:
     assert torch.equal(ours.tower.tokenize(words), published.tower.tokenize(words))
     for a, b in zip(ours(words), published(words), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    gelu, published_gelu = (
+        MaskGenTextEncoder.load(tmp_path / name, quick_gelu=False)
+        for name in ("transformers", "open_clip")
+    )
+    assert (gelu(words).text - ours(words).text).abs().max() > 1e-3
+    for a, b in zip(gelu(words), published_gelu(words), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_open_clip_weights_of_another_architecture(tmp_path: Path) -> None:

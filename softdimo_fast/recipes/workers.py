@@ -178,11 +178,12 @@ class _Scheduler:
                     raise self._worker_error() from error
 
     def _show(self) -> None:
-        while True:
-            try:
+        newest: dict[str, _Message] = {}  # of several at once, earlier ones would spoil the rates
+        with suppress(queue.Empty):
+            while True:
                 message = self.workers.messages.get_nowait()
-            except queue.Empty:
-                return
+                newest[message.stage] = message
+        for message in newest.values():
             self.display.update(self.stages[message.stage], message.done, message.total)
 
     def _stop(self) -> None:

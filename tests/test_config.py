@@ -261,6 +261,16 @@ def test_render() -> None:
     ]
 
 
+def test_notes_follow_what_a_field_means_and_stay_whole() -> None:
+    remark = "(a remark that is long enough not to fit beside most meanings)"
+    plain = render(RUN)
+    assert render(RUN, note=lambda name: remark).count(remark) == plain.count(" = ")
+    assert render(RUN, note=lambda name: "") == plain
+    lines = render(RUN, note=lambda name: "!" if name == "name" else "").splitlines()
+    assert lines[0].endswith("# of the run. !")
+    assert lines[1:] == plain.splitlines()[1:]
+
+
 def test_render_without_help_or_fields() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Bare:

@@ -13,6 +13,9 @@ from softdimo_fast.cli.arguments import Changes, ModelSource, RunFolder
 from softdimo_fast.cli.errors import UsageError, require_folder
 
 RECIPES_OWN = "(default: the recipe's)"
+Steps = Annotated[int | None, arg(metavar="INT", help_behavior_hint=RECIPES_OWN)]
+Temperature = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint=RECIPES_OWN)]
+Prompts = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="(default: the run's)")]
 
 
 def run(
@@ -27,14 +30,10 @@ def run(
         Literal["sample", "argmax", "soft"] | None,
         arg(metavar="{sample,argmax,soft}", help_behavior_hint="(default: sample)"),
     ] = None,
-    steps: Annotated[int | None, arg(metavar="INT", help_behavior_hint=RECIPES_OWN)] = None,
-    temperature: Annotated[
-        float | None, arg(metavar="FLOAT", help_behavior_hint=RECIPES_OWN)
-    ] = None,
+    steps: Steps = None,
+    temperature: Temperature = None,
     tokenizer: ModelSource = None,
-    prompts: Annotated[
-        Path | None, arg(metavar="PATH", help_behavior_hint="(default: the run's)")
-    ] = None,
+    prompts: Prompts = None,
     text_encoder: ModelSource = None,
     one_step: bool = False,
     device: str = "cpu",

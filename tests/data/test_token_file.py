@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -213,6 +215,24 @@ def test_an_error_while_writing_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
+    assert files(tmp_path) == []
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = writer(tmp_path / "t.sdt")
+    out.append(*samples())
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            out.finish()
+    assert files(tmp_path) == []
+    out = writer(tmp_path / "t.sdt")
+    monkeypatch.setattr(out, "_file", SimpleNamespace(write=full, close=out._file.close))
+    with pytest.raises(OSError, match=r"No space left on device: .*t\.sdt"), out:
+        out.append(*samples())
     assert files(tmp_path) == []
 
 

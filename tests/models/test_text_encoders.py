@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from support.clip import (
 from torch import Tensor
 from torch.nn import functional as F
 
+from softdimo_fast.models.clip_files import local_path
 from softdimo_fast.models.files import ModelFileError
 from softdimo_fast.models.text_conditions import NO_PROMPT, MeissonicCondition, TextCondition
 from softdimo_fast.models.text_encoders import (
@@ -282,3 +284,23 @@ def test_a_hub_id_without_the_hub_extra(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"softdimo-fast\[hub\]"):
         MaskGenTextEncoder.load("owner/name")
+
+
+def test_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is asked for what is no path, and at the named commit."""
+    asked: list[Any] = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options["revision"]))
+        if name == "owner/none":
+            raise RuntimeError("404")
+        return str(tmp_path)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=download))
+    with pytest.raises(FileNotFoundError, match="owner/none, and the hub does not give it: 404"):
+        MaskGenTextEncoder.load("owner/none")
+    assert local_path("owner/name", "abc") == tmp_path
+    assert asked == [("owner/none", None), ("owner/name", "abc")]
+    monkeypatch.chdir(tmp_path.parent)
+    assert local_path(tmp_path.name) == Path(tmp_path.name)  # a path that exists is no hub id
+    assert len(asked) == 2

@@ -31,7 +31,7 @@ class ImageFile:
 
 
 def run(
-    folder: tyro.conf.Positional[Path],
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")],
     tokenizer: str,
     out: Path,
     size: int = 256,

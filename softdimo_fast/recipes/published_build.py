@@ -23,6 +23,7 @@ from softdimo_fast.recipes.published_models import (
     require_same,
     require_tokens,
     twin,
+    weights_digest,
 )
 from softdimo_fast.recipes.published_runs import PublishedGeneratorRun
 from softdimo_fast.rewards import Reward
@@ -73,6 +74,9 @@ def build_published_trainer(
     require_given(run, but=_given_otherwise(encoder, reward))
     device = require_device(run, "trainer.device", run.trainer.device)
     models = _read(run, folder)
+    digests = {"teacher": weights_digest(models.teacher)}
+    if models.tokenizer is not None:
+        digests["tokenizer"] = weights_digest(models.tokenizer)
     inputs = Inputs.of(
         run, models.teacher, run.text, batch_size=run.trainer.batch_size,
         device=device, encoder=encoder,
@@ -84,7 +88,8 @@ def build_published_trainer(
         models.student, inputs.conditions(), _objectives(run, models, real, reward, device),
         generator=run.generator, config=run.trainer, folder=folder, progress=progress,
     )  # fmt: skip
-    trainer.run_config = run_record(run, trainer.method.roles)
+    # A resume on other weights under the same paths is refused, as one with another config.
+    trainer.run_config = run_record(run, trainer.method.roles) | {"sha256": digests}
     return trainer
 
 

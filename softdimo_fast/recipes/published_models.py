@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,15 @@ def feature_shape(model: Any) -> tuple[int, int]:
     if family == "meissonic":
         return positions // config.stride**2, config.width
     return positions, config.decoder_embed_dim
+
+
+def weights_digest(model: Any) -> str:
+    """sha256 of a model's names and weights, on the CPU: the same from whichever file they came."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().reshape(-1).view("uint8"))
+    return digest.hexdigest()
 
 
 def twin(model: Any) -> Any:

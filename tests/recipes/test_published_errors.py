@@ -29,6 +29,7 @@ from softdimo_fast.recipes import recipe
 from softdimo_fast.recipes.build import MissingRunError
 from softdimo_fast.recipes.published_build import build_published_trainer
 from softdimo_fast.recipes.published_samples import ImageMaker, search
+from softdimo_fast.trainers import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +304,21 @@ def test_damaged_tokens(files: Callable[[str], Files]) -> None:
     ours = files("maskbit")
     (ours.root / "real.sdt").write_bytes(b"SDTOKENS")
     refused(TokenFileError, "real.sdt", "maskbit", "adversarial", ours)
+
+
+@pytest.mark.parametrize("role", ["teacher", "tokenizer"])
+def test_a_resume_on_other_weights_under_the_same_path(
+    role: str, files: Callable[[str], Files], tmp_path: Path
+) -> None:
+    ours = files("maskgit")
+    run = tiny_run("maskgit", "reward", ours)
+    build_published_trainer(run, tmp_path / "run", reward=brightness).run()
+    family = "maskgit" if role == "teacher" else TOKENIZER["maskgit"]
+    shutil.rmtree(ours.root / role)
+    save_pretrained(tiny_model(family, seed=7), ours.root / role)
+    trainer = build_published_trainer(run, tmp_path / "run", reward=brightness)
+    with pytest.raises(CheckpointError, match=rf"sha256\.{role}: '?[0-9a-f]+"):
+        trainer.resume()
 
 
 # ---- samples and search ------------------------------------------------------------------------------------

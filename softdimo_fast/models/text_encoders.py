@@ -10,6 +10,7 @@ Sources: ``open_clip_text_encoding`` of bytedance/1d-tokenizer; ``Pipeline`` of 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
@@ -53,7 +54,7 @@ class TextFeatures(NamedTuple):
     pooled: Tensor
 
 
-class ClipText(nn.Module):
+class ClipText(nn.Module, ABC):
     """A frozen CLIP text tower with its tokenizer; make one with :meth:`load`."""
 
     def __init__(self, model: nn.Module, tokenize: Tokenize) -> None:
@@ -113,9 +114,9 @@ class ClipText(nn.Module):
         ids = self.tokenize(prompts)
         return self.features(ids.to(next(self.model.parameters()).device))
 
+    @abstractmethod
     def features(self, ids: Tensor) -> TextFeatures:
         """The features of token ids ``[B, T]``."""
-        raise NotImplementedError
 
 
 class TransformersText(ClipText):

@@ -124,28 +124,33 @@ class Trainer:
             CheckpointError: ``resume`` was asked for, but no checkpoint is usable; or it was not, and the
                 folder holds a run already.
         """
-        if resume:
-            self.resume()
-        elif self.step == 0 and self._holds_a_run():
-            raise checkpoint.CheckpointError(
-                f"{self.folder} holds a run already: resume it, or choose another folder"
-            )
-        with closing(self.progress), self._open_log() as log, StopRequest() as request:
-            started, first = time.monotonic(), self.step
-            while self.step < self.config.steps:
-                self.train_step()
-                last = self.step == self.config.steps
-                if last or self.step % self.config.log_every == 0:
-                    samples = (self.step - first) * self.config.batch_size
-                    self._log(log, samples / (time.monotonic() - started))
-                self.progress.update(self.step)
-                stopping = request.requested or (stop is not None and stop())
-                if last or stopping or self.step % self.config.checkpoint_every == 0:
-                    self.save()
-                if stopping and not last:
-                    raise Stopped(
-                        f"stopped at step {self.step} of {self.config.steps}; saved, resume to go on"
-                    )
+        # First of all: a Ctrl-C while a checkpoint is read is a stop too.
+        with StopRequest() as request, closing(self.progress):
+            if resume:
+                self.resume()
+            elif self.step == 0 and self._holds_a_run():
+                raise checkpoint.CheckpointError(
+                    f"{self.folder} holds a run already: resume it, or choose another folder"
+                )
+            with self._open_log() as log:
+                self._loop(log, lambda: request.requested or (stop is not None and stop()))
+
+    def _loop(self, log: RunLog | None, stop: Callable[[], bool]) -> None:
+        started, first = time.monotonic(), self.step
+        while self.step < self.config.steps:
+            self.train_step()
+            last = self.step == self.config.steps
+            if last or self.step % self.config.log_every == 0:
+                samples = (self.step - first) * self.config.batch_size
+                self._log(log, samples / (time.monotonic() - started))
+            self.progress.update(self.step)
+            stopping = stop()
+            if last or stopping or self.step % self.config.checkpoint_every == 0:
+                self.save()
+            if stopping and not last:
+                raise Stopped(
+                    f"stopped at step {self.step} of {self.config.steps}; saved, resume to go on"
+                )
 
     def _holds_a_run(self) -> bool:
         return self.folder is not None and bool(checkpoint.find(self.folder / "checkpoints"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -45,3 +46,28 @@ def test_table_of_kernels_is_that_of_this_build() -> None:
 def test_every_public_operator_is_in_the_table() -> None:
     public = set(softdimo_fast.__all__) - {"Explanation", "__version__", "explain"}
     assert {name for name, *_ in ROWS} == public
+
+
+DEMO = json.loads((ROOT / "docs" / "demo" / "metrics.json").read_text(encoding="utf-8"))
+# | `row` | images | numbers ... |
+NUMBERS = re.findall(r"^\| `(\w+)` \|[^|]*\|((?: [\d.]+ \|)+)$", README, flags=re.MULTILINE)
+
+
+def test_the_demos_tables_are_what_it_measured() -> None:
+    shown = {name: [float(x) for x in cells.strip(" |").split("|")] for name, cells in NUMBERS}
+    assert set(shown) == {*DEMO["rows"], *DEMO["search"]}
+    columns = ("fd", "accuracy", "precision", "recall", "coverage", "entropy")
+    for name, row in DEMO["rows"].items():
+        assert shown[name] == pytest.approx([row[column] for column in columns], abs=6e-3), name
+    for name, row in DEMO["search"].items():
+        assert shown[name] == pytest.approx([row["hit_rate"], row["fd"]], abs=6e-3), name
+
+
+def test_the_demo_that_is_shown_held_its_bars() -> None:
+    assert not DEMO["quick"]
+    assert [bar["name"] for bar in DEMO["bars"] if not bar["holds"]] == []
+
+
+def test_every_picture_and_link_in_the_readme_is_there() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target

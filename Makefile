@@ -77,7 +77,7 @@ test: $(BUILT)
 	$(PYTEST) $(coverage) $(PYTEST_ARGS) tests
 
 demo: $(BUILT)
-	$(PY) softdimo_command.py demo --out $(DEMO) $(if $(wildcard $(DEMO)/tokenizer),--resume) $(DEMO_ARGS)
+	$(PY) softdimo_command.py demo --out $(DEMO) $(if $(wildcard $(DEMO)/demo.json $(DEMO)/seed_*/demo.json),--resume) $(DEMO_ARGS)
 
 # One process on all cores: the operators' own threads are part of what is measured.
 bench: $(BUILT)

@@ -63,5 +63,6 @@ def random_mask(count: Tensor, u: Tensor) -> Tensor:
         u: ``[B, *token_shape]``, independent uniforms.
     """
     flat = u.flatten(1)
-    rank = flat.argsort(dim=1).argsort(dim=1)
+    # Stable: a tie of two float32 uniforms must not be decided by the batch's shape.
+    rank = flat.argsort(dim=1, stable=True).argsort(dim=1)
     return (rank < count[:, None]).reshape(u.shape)

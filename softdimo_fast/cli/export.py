@@ -53,10 +53,12 @@ def run(
 def _of_run(folder: Path) -> Any:
     """What a finished run was for: its generator, teacher, tokenizer or classifier."""
     from softdimo_fast.recipes.build import finished_run, trained_role
+    from softdimo_fast.recipes.published_runs import PublishedGeneratorRun
     from softdimo_fast.recipes.runs import ClassifierRun, GeneratorRun, TeacherRun, TokenizerRun
 
     roles = {
         GeneratorRun: "student",
+        PublishedGeneratorRun: "student",
         TeacherRun: "teacher",
         TokenizerRun: "tokenizer",
         ClassifierRun: "classifier",

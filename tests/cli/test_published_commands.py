@@ -15,8 +15,14 @@ from support import clip
 from support.published_runs import MATCH, PROMPTS, TOKENIZER, Files, tiny_model, write_files
 
 from softdimo_fast.cli import main
-from softdimo_fast.models import create, save_pretrained, save_published
-from softdimo_fast.recipes.build import is_finished
+from softdimo_fast.models import (
+    create,
+    describe,
+    from_pretrained,
+    save_pretrained,
+    save_published,
+)
+from softdimo_fast.recipes.build import is_finished, trained_role
 
 SMALL = (
     "trainer.device=cpu", "trainer.steps=2", "trainer.batch_size=4", "trainer.accumulation=2",
@@ -64,6 +70,12 @@ def test_train_sample_and_resume(
     assert not torch.equal(sampled, soft)
     (tmp_path / "here").mkdir()
     assert softdimo("sample", out, "--out", tmp_path / "here" / "grid.png", "--count", 5) == 0
+    exported = tmp_path / "exported"
+    assert softdimo("export", out, "--out", exported) == 0
+    student, kept = trained_role(out, "student"), from_pretrained(exported)
+    assert describe(kept) == describe(student)
+    weights = student.state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in kept.state_dict().items())
 
 
 def test_bfloat16_as_the_recipe_has_it(maskgit: Files, tmp_path: Path) -> None:

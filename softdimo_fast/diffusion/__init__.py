@@ -27,6 +27,7 @@ from softdimo_fast.diffusion.samplers import (
     confidence_sample,
     decode_logits,
     draw_tokens,
+    one_step_input,
     one_step_logits,
     one_step_sample,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "initial_tokens",
     "mask_ratio",
     "masked_count",
+    "one_step_input",
     "one_step_logits",
     "one_step_sample",
     "perturb",

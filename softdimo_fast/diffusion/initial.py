@@ -55,14 +55,27 @@ def initial_embeddings(
     sigma: float,
     noise_scale: NoiseScale = "unit",
 ) -> Tensor:
-    """The perturbed inputs ``[B, L, D]`` of one generator call, for its ``generator_logits``.
+    """The perturbed inputs ``[B, L, D]`` of one generator call, for its ``generator_logits``."""
+    tokens = initial_tokens(model, draws, ratio)
+    return perturbed_embeddings(model, tokens, draws, sigma=sigma, noise_scale=noise_scale)
+
+
+def perturbed_embeddings(
+    model: MaskedDiffusionModel,
+    tokens: Tensor,
+    draws: Draws,
+    *,
+    sigma: float,
+    noise_scale: NoiseScale = "unit",
+) -> Tensor:
+    """:func:`initial_embeddings` of given initial tokens.
 
     Args:
         sigma: in [0, 1].
         noise_scale: ``"unit"`` adds N(0, sigma^2) as the public code does; ``"embedding"`` scales it by
             the standard deviation of the token table, for tables far from unit variance.
     """
-    embeddings = model.generator_input(model.embed(initial_tokens(model, draws, ratio)))
+    embeddings = model.generator_input(model.embed(tokens))
     if sigma == 0:
         return embeddings
     noise = draws.normal("initial/noise", *embeddings.shape[1:])

@@ -19,7 +19,7 @@ from softdimo_fast.diffusion.decoding import (
     decode_masked,
 )
 from softdimo_fast.diffusion.draws import Draws
-from softdimo_fast.diffusion.initial import NoiseScale, initial_embeddings
+from softdimo_fast.diffusion.initial import NoiseScale, initial_tokens, perturbed_embeddings
 from softdimo_fast.models.conditions import Condition, batch_size
 from softdimo_fast.models.protocol import MaskedDiffusionModel, Tokenizer
 from softdimo_fast.ops import sample_tokens
@@ -148,11 +148,18 @@ def one_step_logits(
     generator: MaskedDiffusionModel, condition: Condition, draws: Draws, config: OneStepConfig
 ) -> Tensor:
     """z_theta(x_init, c): the logits ``[B, *token_shape, V]`` of one forward pass."""
-    inputs = initial_embeddings(
-        generator, draws, ratio=config.initial_ratio, sigma=config.sigma,
-        noise_scale=config.noise_scale,
-    )  # fmt: skip
-    return generator.generator_logits(inputs, condition)
+    return generator.generator_logits(*one_step_input(generator, condition, draws, config))
+
+
+def one_step_input(
+    generator: MaskedDiffusionModel, condition: Condition, draws: Draws, config: OneStepConfig
+) -> tuple[Tensor, Condition]:
+    """x_init as ``generator_logits`` takes it, and the condition with what the model is told of its mask."""
+    tokens = initial_tokens(generator, draws, config.initial_ratio)
+    inputs = perturbed_embeddings(
+        generator, tokens, draws, sigma=config.sigma, noise_scale=config.noise_scale
+    )
+    return inputs, generator.masked_condition(condition, tokens == generator.mask_id)
 
 
 def draw_tokens(logits: Tensor, draws: Draws, *, temperature: float = 1.0) -> Tensor:

@@ -40,9 +40,9 @@ def require_shape(owner: object, name: str, tensor: Tensor, *expected: int | Non
         )
 
 
-# max_period -> i / (width / 2) where torch's float32 exp, with MKL on the path that it takes on every processor
-# (MKL_CBWR=COMPATIBLE), gives the float32 above the nearest one; a test holds the table against it. Its faster
-# paths and other libraries differ in a few more entries. So the frequencies are the same on every device.
+# max_period -> i / (width / 2) where torch's float32 exp, with MKL on its path for every processor
+# (MKL_CBWR=COMPATIBLE), gives the float32 above the nearest one; a test holds the table against it. Its
+# faster paths and other libraries differ in a few more. So the frequencies are the same on every device.
 _ROUNDED_UP = {10000.0: (12 / 128, 106 / 128), 1000.0: (16 / 128, 77 / 128)}
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from softdimo_fast import _config
-from softdimo_fast.diffusion import Draws, OneStepConfig, decode_logits, initial_embeddings
+from softdimo_fast.diffusion import Draws, OneStepConfig, decode_logits, one_step_input
 from softdimo_fast.diffusion.samplers import Decode
-from softdimo_fast.models.conditions import Condition, batch_size, rows
+from softdimo_fast.models.conditions import Condition, batch_size, rows, select
 from softdimo_fast.models.protocol import MaskedDiffusionModel, Tokenizer
 from softdimo_fast.rewards.protocol import Reward
 
@@ -141,7 +141,7 @@ class TestTimeEmbeddingOptimizer:
     def _search(
         self, condition: Condition, target: Condition, draws: Draws, stop: Callable[[], bool]
     ) -> TestTimeResult:
-        start, start_reward = self._best_of_n(condition, target, draws, stop)
+        start, start_reward, condition = self._best_of_n(condition, target, draws, stop)
         best, best_reward, history = self._optimise(start, start_reward, condition, target, stop)
         return TestTimeResult(
             best,
@@ -161,23 +161,26 @@ class TestTimeEmbeddingOptimizer:
     @torch.no_grad()
     def _best_of_n(
         self, condition: Condition, target: Condition, draws: Draws, stop: Callable[[], bool]
-    ) -> tuple[Tensor, Tensor]:
-        one_step = self.config.one_step
+    ) -> tuple[Tensor, Tensor, Condition]:
+        """The best inputs, their reward, and the condition with what the model is told of their mask."""
         best: Tensor | None = None
-        best_reward = torch.empty(0)
+        best_reward, best_told = torch.empty(0), condition
         for candidate in range(self.config.candidates):
             _poll(stop)
-            embeddings = initial_embeddings(
-                self.generator, draws.fork(f"candidate/{candidate}"),
-                ratio=one_step.initial_ratio, sigma=one_step.sigma, noise_scale=one_step.noise_scale,
-            )  # fmt: skip
-            reward = self._value(embeddings, condition, target)
+            embeddings, told = one_step_input(
+                self.generator,
+                condition,
+                draws.fork(f"candidate/{candidate}"),
+                self.config.one_step,
+            )
+            reward = self._value(embeddings, told, target)
             if best is None:
-                best, best_reward = embeddings, reward
+                best, best_reward, best_told = embeddings, reward, told
             else:
+                best_told = select(_wins(reward, best_reward), told, best_told)
                 best, best_reward = _better(embeddings, reward, best, best_reward)
         assert best is not None
-        return best, best_reward
+        return best, best_reward, best_told
 
     def _optimise(
         self, start: Tensor, start_reward: Tensor, condition: Condition, target: Condition,
@@ -231,10 +234,14 @@ def _poll(stop: Callable[[], bool]) -> None:
         raise InterruptedError("the search was asked to stop")
 
 
+def _wins(reward: Tensor, best_reward: Tensor) -> Tensor:
+    return (reward > best_reward) | (best_reward.isnan() & ~reward.isnan())
+
+
 def _better(
     challenger: Tensor, reward: Tensor, best: Tensor, best_reward: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Sample by sample the input with the larger reward; the earlier one on ties; NaN never wins."""
-    wins = (reward > best_reward) | (best_reward.isnan() & ~reward.isnan())
+    wins = _wins(reward, best_reward)
     column = wins.view(-1, *[1] * (best.dim() - 1))
     return torch.where(column, challenger, best), torch.where(wins, reward, best_reward)

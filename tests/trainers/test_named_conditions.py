@@ -65,9 +65,9 @@ class DescribedTransformer(TokenTransformer):
 
     def _layers(self, embeddings: Tensor, condition: Described) -> list[Tensor]:  # type: ignore[override]
         self.told.append(condition.masked)
-        # What it was told is true: [MASK] embeddings can be counted.
+        # What it was told is true: [MASK] embeddings can be counted, but for a generator's, which are noisy.
         is_mask = (embeddings == self.mask_embedding).all(-1).float().mean(1)
-        known = condition.masked >= 0
+        known = (condition.masked >= 0) & (is_mask > 0)
         assert torch.equal(condition.masked[known], is_mask[known])
         style = self.style(torch.cat([condition.style, condition.masked[:, None]], dim=1))
         return super()._layers(embeddings + style[:, None], condition.label)
@@ -125,7 +125,7 @@ def test_methods(name: str) -> None:
         ), role
 
 
-def test_every_network_but_the_generator_is_told_the_share() -> None:
+def test_every_network_is_told_the_share() -> None:
     run = method("all")
     batch = micro_batch()
     for phase in run.phases(0):
@@ -135,7 +135,8 @@ def test_every_network_but_the_generator_is_told_the_share() -> None:
         told = torch.cat(network.told)
         assert len(told) > 0
         assert bool((told >= 0).all())
-    assert bool((torch.cat(run.student.told) == -1).all())
+    length = run.student.token_shape[0]
+    assert bool((torch.cat(run.student.told) == round(0.6 * length) / length).all())
 
 
 def test_accumulation() -> None:

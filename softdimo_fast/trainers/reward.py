@@ -31,6 +31,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         _config.require_types(self)
+        _config.require_range(self, "weight", self.weight, minimum=0)
         _config.require_range(self, "temperature", self.temperature, above=0)
 
 

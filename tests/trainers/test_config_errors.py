@@ -70,6 +70,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (AdversarialConfig, {"relaxation": "hard"}, r"relaxation: must be .*gumbel_hard"),
     (HeadsConfig, {"token_heads": False, "global_head": False}, r"global_head: must be True where"),
     (HeadsConfig, {"global_hidden": (64, 0)}, r"global_hidden: must be two numbers >= 1"),
+    (RewardConfig, {"weight": -1.0}, r"weight: must be a number >= 0"),
     (RewardConfig, {"temperature": -1.0}, r"temperature"),
     (TeacherConfig, {"condition_drop": 1.5}, r"condition_drop"),
     (TeacherConfig, {"label_smoothing": 1.0}, r"label_smoothing"),

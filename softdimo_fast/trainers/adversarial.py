@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from softdimo_fast import _config
 from softdimo_fast.diffusion import Draws, random_mask
-from softdimo_fast.models.conditions import Condition
+from softdimo_fast.models.conditions import Condition, map_condition
 from softdimo_fast.models.protocol import MaskedDiffusionModel
 from softdimo_fast.trainers.heads import (
     DiscriminatorHeads,
@@ -46,7 +46,8 @@ class AdversarialConfig:
         heads_steps: head updates for one generator update.
         r1: a penalty on the heads' gradient at real embeddings, weighted by ``r1_weight``:
             ``"finite_difference"`` estimates it with one perturbed pass of size ``r1_sigma``
-            (arXiv 2501.08316); ``"exact"`` differentiates twice, which needs math attention.
+            (arXiv 2501.08316; a run with autocast makes two, without it); ``"exact"`` differentiates twice,
+            which needs math attention.
     """
 
     weight: float = 1.0
@@ -111,7 +112,8 @@ class Adversarial(Objective):
 
     def student_loss(self, rollout: Rollout) -> Loss:
         features = self._fake_features(rollout, self._mask(rollout.draws, 0))
-        rollout.memory["fake_features"] = [feature.detach() for feature in features]
+        if rollout.reused:
+            rollout.memory["fake_features"] = [feature.detach() for feature in features]
         with frozen(self.heads):
             scores = self.heads(features, rollout.condition)
         loss = generator_loss(scores, self.config.loss).mean() * rollout.share
@@ -130,9 +132,7 @@ class Adversarial(Objective):
                 embeddings.requires_grad_(True)
                 real_scores = self.heads(self._features(embeddings, condition), condition)
         else:
-            with torch.no_grad():
-                real = self._features(embeddings, condition)
-            real_scores = self.heads(real, condition)
+            real_scores = self._scores(embeddings, condition)
         fake_scores = self.heads(fake, rollout.condition)
         loss = discriminator_loss(real_scores, fake_scores, self.config.loss).mean()
         metrics: Metrics = {
@@ -165,11 +165,23 @@ class Adversarial(Objective):
             return torch.stack(squares).sum() / len(scores)
         sigma = self.config.r1_sigma
         noise = draws.normal("adversarial/r1", *embeddings.shape[1:])
-        with torch.no_grad():
-            features = self._features(embeddings + sigma * noise, condition)
-        moved = self.heads(features, condition)
+        device = embeddings.device.type
+        rounded = torch.is_autocast_enabled(device)
+        # Under autocast the difference of two scores would be that of their rounding.
+        with torch.autocast(device, enabled=False):
+            if rounded:
+                embeddings, condition = _full(embeddings), map_condition(_full, condition)
+                scores = self._scores(embeddings, condition)
+            moved = self._scores(embeddings + sigma * noise, condition)
         estimate: Tensor = ((moved - scores) / sigma).square().sum(1).mean()
         return estimate
+
+    def _scores(self, embeddings: Tensor, condition: Condition) -> Tensor:
+        """``[B, scores]``, with a graph from the heads on."""
+        with torch.no_grad():
+            features = self._features(embeddings, condition)
+        scores: Tensor = self.heads(features, condition)
+        return scores
 
     def _mask(self, draws: Draws, index: int) -> Tensor:
         low, high = self.config.mask_range
@@ -188,3 +200,10 @@ class Adversarial(Objective):
 
     def _features(self, embeddings: Tensor, condition: Condition) -> list[Tensor]:
         return self.teacher.features(embeddings, condition, self.layers)
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """At least float32, where it is floating point: what autocast made of it fits no float32 weight."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

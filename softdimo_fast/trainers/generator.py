@@ -132,7 +132,8 @@ class GeneratorMethod(Method):
 
     def _student_loss(self, batch: MicroBatch) -> Loss:
         rollout = self._rollout(batch.draws, batch.global_draws)
-        if self.config.reuse_rollout:
+        rollout.reused = self.config.reuse_rollout
+        if rollout.reused:
             batch.memory["rollout"] = rollout.detached()
         statistics = token_statistics(rollout.logits.detach())
         metrics = {

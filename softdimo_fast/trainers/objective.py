@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ class Rollout:
     Attributes:
         logits: z_theta ``[B, *token_shape, V]``; they carry a graph in the student's phase alone.
         tokens: x_theta ~ softmax(z_theta), int64 ``[B, *token_shape]``.
+        reused: whether the objectives' own phases will see this rollout again.
         memory: what an objective keeps from the student's phase for its own.
     """
 
@@ -33,6 +34,7 @@ class Rollout:
     condition: Condition
     logits: Tensor
     tokens: Tensor
+    reused: bool = False
     memory: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -42,14 +44,7 @@ class Rollout:
 
     def detached(self) -> Rollout:
         """The same without the graph; ``memory`` is shared."""
-        return Rollout(
-            self.draws,
-            self.global_draws,
-            self.condition,
-            self.logits.detach(),
-            self.tokens,
-            self.memory,
-        )
+        return replace(self, logits=self.logits.detach())
 
 
 class Objective(ABC):

@@ -13,6 +13,7 @@ from support.training import (
     adversarial,
     generator,
     gradient,
+    micro_batch,
     rollout,
     token_source,
 )
@@ -103,11 +104,30 @@ def test_the_generators_phase_leaves_the_heads_alone() -> None:
 
 
 def test_the_heads_look_again_at_what_the_generator_showed() -> None:
-    objective, sample = adversarial(), rollout()
+    objective, sample = adversarial(), replace(rollout(), reused=True)
     fresh = objective.role_loss(HEADS, replace(sample.detached(), memory={})).value
     objective.student_loss(sample)
+    assert sample.memory
     kept = objective.role_loss(HEADS, sample.detached()).value
     torch.testing.assert_close(kept, fresh)
+    assert not sample.memory
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_features_are_kept_only_for_who_reads_them(
+    reuse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = adversarial()
+    method, batch = generator(objective, reuse_rollout=reuse), micro_batch()
+    seen: list[Rollout] = []
+    student_loss = objective.student_loss
+    monkeypatch.setattr(
+        objective, "student_loss", lambda rollout: seen.append(rollout) or student_loss(rollout)
+    )
+    method.loss(Phase("student"), batch)
+    assert [set(rollout.memory) for rollout in seen] == [{"fake_features"} if reuse else set()]
+    method.loss(HEADS, batch)
+    assert not seen[0].memory
 
 
 def test_several_head_steps_have_masks_and_logs_of_their_own() -> None:
@@ -242,6 +262,31 @@ def test_estimated_r1_is_the_exact_one_in_the_mean() -> None:
     ]
     # (g.eps)^2 of 2048 draws: relative standard error sqrt(2 / 2048) or a little more.
     assert values[1] == pytest.approx(values[0], rel=0.15)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_estimated_r1_is_the_same_under_autocast(family: str) -> None:
+    """A difference of scores that bfloat16 has rounded would be half as large again, from noise alone."""
+    objective = adversarial(family, r1="finite_difference", r1_weight=1.0)
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = objective.role_loss(HEADS, rollout(family).detached())
+            penalty = objective._penalty(*penalised(objective, rollout(family)))
+        torch.testing.assert_close(loss.metrics["adversarial/r1"], penalty.detach())
+        parameters = list(objective.heads.parameters())
+        found = torch.autograd.grad(penalty, parameters, allow_unused=True)
+        whole = torch.cat([g.flatten() for g in found if g is not None])
+        gradients.append((float(penalty.detach()), whole))
+    (without, slope), (under, other) = gradients
+    assert under == pytest.approx(without, rel=0.01)
+    assert float((other - slope).norm() / slope.norm()) < 0.01
+
+
+def penalised(objective: Adversarial, sample: Rollout) -> tuple[Any, ...]:
+    """Arguments of the penalty."""
+    embeddings, condition = real_inputs(objective, sample)
+    return embeddings, condition, scores(objective, embeddings, condition), sample.draws
 
 
 def test_r1_trains_the_heads_alone() -> None:

@@ -156,7 +156,10 @@ def adversarial(teacher: Teacher, seed: int | None = None) -> PublishedGenerator
 
 
 def longer(teacher: Teacher, seed: int | None = None) -> PublishedGeneratorRun:
-    """:func:`adversarial` gone on with from its checkpoint: a larger weight, a smaller learning rate."""
+    """:func:`adversarial` gone on with from its checkpoint: a larger weight, a smaller learning rate.
+
+    Its optimizers are fresh, so that the generator waits until the others have found their scales.
+    """
     run = adversarial(teacher, seed)
     assert run.adversarial is not None
     assert run.distillation is not None
@@ -164,7 +167,11 @@ def longer(teacher: Teacher, seed: int | None = None) -> PublishedGeneratorRun:
     return replace(
         run,
         start="adversarial",
-        generator=replace(run.generator, optimizer=_adam(rate, clip_norm=1.0, weight_decay=0.01)),
+        generator=replace(
+            run.generator,
+            warmup_steps=100,
+            optimizer=_adam(rate, clip_norm=1.0, weight_decay=0.01),
+        ),
         distillation=replace(run.distillation, auxiliary_optimizer=_adam(rate, weight_decay=0.01)),
         adversarial=replace(run.adversarial, weight=200.0),
     )
@@ -246,6 +253,7 @@ OPEN: Mapping[str, tuple[str, ...]] = {
     "real images": ("real_tokens",),
     "prompts": ("text.prompts",),
     "class rewards": ("reward", "rewards"),
+    "restart": ("generator.warmup_steps",),
 }  # fmt: skip
 
 
@@ -264,6 +272,7 @@ def open_settings(recipe: str, method: str) -> tuple[str, ...]:
     topics += [] if known else ["scale"]
     topics += [] if teacher.student_known else ["students"]
     topics += ["prompts"] if text and not known else []
+    topics += ["restart"] if method == LONGER else []
     topics += ["real images"] if method in ("adversarial", LONGER) else []
     # Only text-to-image generators were trained with rewards.
     topics += ["class rewards"] if not text and method in ("reward", "tteo") else []

@@ -184,11 +184,14 @@ def test_the_longer_run_goes_on_from_the_adversarial_one() -> None:
     assert run.generator.optimizer.weight_decay == 0.01
     assert run.generator.optimizer.name == "adamw"
     unknown = open_settings("maskbit", LONGER)
+    assert (base.generator.warmup_steps, run.generator.warmup_steps) == (0, 100)
+    assert is_open("generator.warmup_steps", unknown)
+    assert not is_open("generator.warmup_steps", open_settings("maskbit", "adversarial"))
     assert not is_open("adversarial.weight", unknown)
     assert not is_open("generator.optimizer.learning_rate", unknown)
     changed = _config.difference(_config.to_dict(base), _config.to_dict(run))
     assert {line.split(":")[0] for line in changed} == {
-        "start", "adversarial.weight", "generator.optimizer.learning_rate",
+        "start", "adversarial.weight", "generator.warmup_steps", "generator.optimizer.learning_rate",
         "generator.optimizer.weight_decay", "distillation.auxiliary_optimizer.learning_rate",
         "distillation.auxiliary_optimizer.weight_decay",
     }  # fmt: skip

@@ -146,5 +146,6 @@ def tiny_run(name: str, method: str, files: Files, *changes: str) -> Any:
         settings = [s for s in settings if not s.startswith(("teacher", "real_tokens"))]
         settings += ["device=cpu", "samples=3", "search.candidates=2", "search.iterations=2"]
     settings += ["bits=8"] if files.family == "maskbit" else []
-    settings += ["start=none"] if method == "adversarial_longer" else []
+    if method == "adversarial_longer":
+        settings += ["start=none", "generator.warmup_steps=1"]
     return _config.override(recipe(name, method), [*settings, *changes])

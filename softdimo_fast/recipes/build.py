@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,9 @@ from softdimo_fast.trainers import (
 )
 from softdimo_fast.trainers.progress import Progress
 
+# Of the starting run, what a generator's run takes over: not its optimizers.
+START_GROUPS = ("student_average", "auxiliary", "heads")
+
 
 class MissingRunError(FileNotFoundError):
     """A run that another one needs is not there, or not finished."""
@@ -60,13 +64,14 @@ def trained_role(folder: Path, role: str) -> Any:
         MissingRunError: there is no run in ``folder``, or it has not reached its last step.
         CheckpointError: its checkpoint is damaged, or has no such role.
     """
-    loaded = finished_checkpoint(folder)
+    loaded = finished_checkpoint(folder, ())
     models = loaded.config.get("models", {})
     if role not in models:
         there = ", ".join(models) or "none"
         raise checkpoint.CheckpointError(f"{loaded.path}: no model {role!r}; there are: {there}")
     module = rebuild(models[role])
-    name = f"{role}_average" if f"{role}_average" in loaded.tensors else role
+    name = f"{role}_average" if f"{role}_average" in loaded.names else role
+    loaded = checkpoint.load(folder / "checkpoints", step=loaded.step, groups=(name,))
     checkpoint.restore(f"{loaded.path}, {name}", module.state_dict(), loaded.group(name))
     return module.eval().requires_grad_(False)
 
@@ -77,7 +82,7 @@ def finished_run(folder: Path) -> Any:
     Raises:
         MissingRunError, CheckpointError: as for :func:`trained_role`.
     """
-    loaded = finished_checkpoint(folder)
+    loaded = finished_checkpoint(folder, ())
     kinds: dict[str, Any] = {
         kind.__name__: kind
         for kind in (
@@ -89,15 +94,20 @@ def finished_run(folder: Path) -> Any:
     return _config.from_dict(kinds[str(name)], loaded.config["run"])
 
 
-def finished_checkpoint(folder: Path) -> checkpoint.Checkpoint:
+def finished_checkpoint(
+    folder: Path, groups: Collection[str] | None = None
+) -> checkpoint.Checkpoint:
     """The last checkpoint of a finished run.
+
+    Args:
+        groups: of tensors, as :func:`checkpoint.load` takes them.
 
     Raises:
         MissingRunError, CheckpointError: as for :func:`trained_role`.
     """
     if not checkpoint.find(folder / "checkpoints"):
         raise MissingRunError(f"{folder} holds no trained run (no checkpoint was found)")
-    loaded = checkpoint.load(folder / "checkpoints")
+    loaded = checkpoint.load(folder / "checkpoints", groups=groups)
     steps = loaded.config.get("run", {}).get("trainer", {}).get("steps")
     if loaded.step != steps:
         raise MissingRunError(
@@ -236,7 +246,7 @@ def _generator_trainer(
 ) -> GeneratorTrainer:
     device = torch.device(run.trainer.device)
     teacher = trained_role(beside(folder, run.teacher), "teacher").to(device)
-    start = None if run.start is None else finished_checkpoint(beside(folder, run.start))
+    start = starting_checkpoint(run, folder)
     student = copy.deepcopy(teacher)
     if start is not None:  # one that made no generator is refused; the other roles it may lack
         average = start.group("student_average")
@@ -262,6 +272,19 @@ def _generator_trainer(
     )  # fmt: skip
     trainer.run_config = run_record(run, trainer.method.roles)
     return trainer
+
+
+def starting_checkpoint(
+    run: GeneratorRun | PublishedGeneratorRun, folder: Path
+) -> checkpoint.Checkpoint | None:
+    """What a generator's run starts from: weights without optimizers; None where it starts anew.
+
+    Raises:
+        MissingRunError, CheckpointError: as for :func:`trained_role`.
+    """
+    if run.start is None:
+        return None
+    return finished_checkpoint(beside(folder, run.start), START_GROUPS)
 
 
 def started(module: Any, start: checkpoint.Checkpoint | None, name: str) -> Any:

@@ -11,7 +11,7 @@ import torch
 from softdimo_fast import _config
 from softdimo_fast.models import describe
 from softdimo_fast.models.seeding import seeded
-from softdimo_fast.recipes.build import beside, finished_checkpoint, run_record, started
+from softdimo_fast.recipes.build import run_record, started, starting_checkpoint
 from softdimo_fast.recipes.published_inputs import Captioned, Inputs, load_rewards
 from softdimo_fast.recipes.published_models import (
     classes_of,
@@ -99,7 +99,7 @@ def _given_otherwise(encoder: Any, reward: Reward | None) -> tuple[str, ...]:
 
 
 def _read(run: PublishedGeneratorRun, folder: Path) -> _Models:
-    start = None if run.start is None else finished_checkpoint(beside(folder, run.start))
+    start = starting_checkpoint(run, folder)
     teacher = load_model(run, "teacher", str(run.teacher))
     tokenizer = None if run.tokenizer is None else load_tokenizer(run, teacher, run.tokenizer)
     if start is not None:

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -115,21 +115,31 @@ def sync(path: Path) -> None:
 
 
 def read_files(
-    path: Path, step: int
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
+    path: Path, step: int, groups: Collection[str] | None = None
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]], tuple[str, ...]]:
     """The groups of tensors, and the documents "state" and "config", of the checkpoint in ``path``.
+
+    Args:
+        groups: the names of those to read; None reads all. Of the others the size alone is verified.
+
+    Returns:
+        The groups that were read, the documents, and the names of all groups there are.
 
     Raises:
         DamageError: anything is not as it was written.
     """
     from safetensors.torch import load_file
 
-    tensors, documents = {}, {}
+    tensors, documents, names = {}, {}, []
     for name, (size, digest) in _read_manifest(path, step).items():
         file = path / name
         there = _regular_size(file)
         if there != size:
             raise DamageError(f"{name} has {there} bytes, {size} were written")
+        if file.suffix != ".json":
+            names.append(file.stem)
+            if groups is not None and file.stem not in groups:
+                continue
         if _sha256(file) != digest:
             raise DamageError(f"{name} is not what was written: its sha256 differs")
         if file.suffix == ".json":
@@ -139,7 +149,7 @@ def read_files(
             tensors[file.stem] = load_file(file)
         except Exception as error:  # whatever a made-up file brings the reader to raise
             raise DamageError(f"{name}: {type(error).__name__}: {error}") from error
-    return tensors, documents
+    return tensors, documents, tuple(names)
 
 
 def _read_manifest(path: Path, step: int) -> dict[str, tuple[int, str]]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +63,10 @@ class Checkpoint:
     Attributes:
         path: its folder.
         step: the number of steps that were done.
-        tensors: the groups of tensors, by name.
+        tensors: the groups of tensors that were read, by name.
         state: the run's other state.
         config: what the run was made with.
+        names: of all groups there are, read or not.
     """
 
     path: Path
@@ -73,12 +74,16 @@ class Checkpoint:
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
     config: dict[str, Any]
+    names: tuple[str, ...]
 
     def group(self, name: str) -> dict[str, Tensor]:
         """The tensors saved under ``name``; CheckpointError, with the names there are, if there is none."""
         if name not in self.tensors:
-            there = ", ".join(sorted(self.tensors)) or "none"
-            raise CheckpointError(f"{self.path}: no tensors called {name!r}; there are: {there}")
+            there = ", ".join(sorted(self.names)) or "none"
+            lack = "read no" if name in self.names else "no"
+            raise CheckpointError(
+                f"{self.path}: {lack} tensors called {name!r}; there are: {there}"
+            )
         return self.tensors[name]
 
 
@@ -250,11 +255,22 @@ def find(folder: str | Path) -> list[Path]:
 
 
 def load(
-    folder: str | Path, *, step: int | None = None, device: str | torch.device = "cpu"
+    folder: str | Path,
+    *,
+    step: int | None = None,
+    device: str | torch.device = "cpu",
+    groups: Collection[str] | None = None,
 ) -> Checkpoint:
     """The newest intact checkpoint in ``folder``, or that of ``step``. Changes nothing there.
 
     A damaged one is passed over with a CheckpointWarning; that of a given ``step`` is not.
+
+    Args:
+        folder: that holds the run's checkpoints.
+        step: of the one wanted.
+        device: of the tensors.
+        groups: the names of the groups of tensors to read, where they are there; None reads all, and ``()``
+            config and state alone. Sizes of all files are verified, and digests of those that are read.
 
     Raises:
         CheckpointError: none can be used; each is named with the reason.
@@ -265,7 +281,7 @@ def load(
         if step not in (None, _step(path)):
             continue
         try:
-            tensors, documents = read_files(path, _step(path))
+            tensors, documents, names = read_files(path, _step(path), groups)
         except (DamageError, OSError) as error:
             damages.append(f"{path}: {error}")
             continue
@@ -276,7 +292,8 @@ def load(
             name: {key: tensor.to(device) for key, tensor in group.items()}
             for name, group in tensors.items()
         }
-        return Checkpoint(path, _step(path), placed, documents["state"], documents["config"])
+        state, config = documents["state"], documents["config"]
+        return Checkpoint(path, _step(path), placed, state, config, names)
     raise _none_usable(folder, step, damages)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from support.runs import tiny, train
 from torch import Tensor
@@ -25,6 +26,7 @@ from softdimo_fast.recipes.build import (
     finished_run,
     is_finished,
     parity_reward,
+    starting_checkpoint,
     trained_role,
 )
 from softdimo_fast.recipes.runs import DigitsData
@@ -95,6 +97,28 @@ def test_trained_roles_are_averages_frozen_and_in_eval_mode(chain: Path) -> None
     assert "teacher_average" in checkpoint.load(chain / "teacher" / "checkpoints").tensors
     average, last = (tensors(chain / "reward", f"student{end}") for end in ("_average", ""))
     assert not equal(average, last)
+
+
+def test_what_a_role_needs_is_all_that_is_read(
+    chain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No optimizer's moments, and no discriminator where a generator is sampled."""
+    read: list[str] = []
+    load_file = safetensors.torch.load_file
+
+    def recorded(path: Path) -> dict[str, Tensor]:
+        read.append(path.stem)
+        return load_file(path)
+
+    monkeypatch.setattr(safetensors.torch, "load_file", recorded)
+    finished_run(chain / "adversarial")
+    assert read == []
+    trained_role(chain / "adversarial", "student")
+    assert read == ["student_average"]
+    read.clear()
+    start = starting_checkpoint(tiny("reward"), chain / "reward")
+    assert start is not None
+    assert sorted(read) == sorted({"student_average", "auxiliary", "heads"} & set(start.names))
 
 
 def test_a_trained_role_does_not_touch_the_global_generator(chain: Path) -> None:

@@ -80,6 +80,38 @@ def test_round_trip_of_anything(
         assert_same_bits(loaded.tensors["a-1"][key], tensor, key)
 
 
+def test_only_the_named_groups_are_read(tmp_path: Path) -> None:
+    model, moments = {"w": torch.ones(3)}, {"w/exp_avg": torch.zeros(3)}
+    tensors = {"model": model, "optimizer": moments}
+    path = checkpoint.save(tmp_path, 1, tensors=tensors, state={"a": 1}, config={"b": 2})
+    for groups in (("model",), ("model", "heads"), ()):
+        loaded = load(tmp_path, groups=groups)
+        assert set(loaded.tensors) == {"model"} & set(groups)
+        assert loaded.names == ("model", "optimizer")
+        assert (loaded.state, loaded.config) == ({"a": 1}, {"b": 2})
+        with pytest.raises(
+            CheckpointError, match="read no tensors called 'optimizer'; there are: mod"
+        ):
+            loaded.group("optimizer")
+        with pytest.raises(
+            CheckpointError, match=": no tensors called 'heads'; there are: model, opt"
+        ):
+            loaded.group("heads")
+    # Of what is not read, the size counts; of what is, every bit.
+    file = path / "optimizer.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + b"\1")
+    assert set(load(tmp_path, groups=("model",)).tensors) == {"model"}
+    for wanted in (None, ("optimizer",)):
+        with pytest.raises(
+            CheckpointError, match=r"optimizer\.safetensors is not what was written"
+        ):
+            load(tmp_path, groups=wanted)
+    file.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors has \d+ bytes"):
+        load(tmp_path, groups=())
+
+
 def test_tied_and_strided_tensors(tmp_path: Path) -> None:
     base = torch.arange(24.0).reshape(4, 6)
     z = torch.randn(3, dtype=torch.complex64)

@@ -77,8 +77,8 @@ def _one_run(out: Path, seed: int, quick: bool, jobs: int, stop: StopRequest) ->
         if display.worked:  # a finished demo that is only looked at again stays as it is
             clock.stop()
     results = {stage.name: results[stage.name] for stage in stages}
-    metrics = demo_metrics(seed, clock.seconds, results, quick=quick)
-    write_demo(out, stages, results, metrics, command=_command(seed, quick))
+    metrics = demo_metrics(seed, clock.seconds, results, quick=quick, command=_command(seed, quick))
+    write_demo(out, stages, results, metrics)
     _print_tables(out, stages, metrics)
     return metrics
 
@@ -248,6 +248,7 @@ def _print_tables(out: Path, stages: Sequence[Any], metrics: Mapping[str, Any]) 
     print("\n" + " " * 14 + "".join(f"{column:>11}" for column in columns))
     for name, row in metrics["rows"].items():
         print(f"{name:14}" + "".join(f"{row[column]:11.3f}" for column in columns))
+    print(f"the judge's own accuracy, on held-out scans: {metrics['judge_accuracy']:.3f}")
     print("\nwanted digit   hit rate        fd")
     for name, row in metrics["search"].items():
         print(f"{name:14}{row['hit_rate']:9.3f} {row['fd']:9.3f}")

@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
 
 
 def demo_metrics(
-    seed: int, seconds: float, results: Mapping[str, StageResult], *, quick: bool
+    seed: int, seconds: float, results: Mapping[str, StageResult], *, quick: bool, command: str
 ) -> dict[str, Any]:
     """The content of ``metrics.json``."""
     rows = {
@@ -50,8 +50,10 @@ def demo_metrics(
     return {
         "seed": seed,
         "quick": quick,
+        "command": command,
         "seconds": seconds,
         "stage_seconds": {name: result.seconds for name, result in results.items()},
+        "judge_accuracy": results["judge"].values["held_out_accuracy"],
         "rows": rows,
         "search": search,
         "bars": bars(rows, search),
@@ -65,8 +67,6 @@ def write_demo(
     stages: Sequence[Stage],
     results: Mapping[str, StageResult],
     metrics: Mapping[str, Any],
-    *,
-    command: str,
 ) -> None:
     """Writes the three files; the metrics come last, as they say that the demo is finished."""
     images = {name: shown for r in results.values() for name, shown in r.images.items()}
@@ -93,7 +93,7 @@ def write_demo(
         stage_seconds={titles[name]: result.seconds for name, result in results.items()},
         versions=metrics["versions"],
         configs={stage.title: _listing(stage.config) for stage in stages},
-        command=command,
+        command=metrics["command"],
     )
     write_report(out, data)
     write_atomically(out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())

@@ -74,6 +74,8 @@ def test_the_metrics_file(demo: Finished) -> None:
     assert {"seed", "seconds", "rows", "search", "bars"} <= metrics.keys()
     assert metrics["seed"] == 0
     assert metrics["seconds"] > 1
+    assert metrics["command"] == "softdimo demo --seed 0 --quick"
+    assert 0 < metrics["judge_accuracy"] <= 1
     assert tuple(metrics["rows"]) == ROWS
     for row in metrics["rows"].values():
         assert row.keys() == {"fd", "accuracy", "precision", "recall", "coverage", "entropy", "n"}
@@ -115,6 +117,8 @@ def test_tables_and_times_are_printed(demo: Finished) -> None:
     for name, row in demo.metrics["rows"].items():
         (line,) = (line for line in lines if line.split()[:1] == [name] and line[0] != " ")
         assert f"{row['fd']:.3f}" in line
+    accuracy = demo.metrics["judge_accuracy"]
+    assert f"the judge's own accuracy, on held-out scans: {accuracy:.3f}" in lines
     for bar in demo.metrics["bars"]:
         assert f"{'ok    ' if bar['holds'] else 'MISSED'} {bar['name']}: " in text
     seconds = text[text.index("seconds of each stage") :]

@@ -22,7 +22,8 @@ def run(
     """Converts a model: to a folder of safetensors and JSON, or (--published) to the published form.
 
     Args:
-        source: a published file or folder, a folder of ours, a finished run, or a hub id owner/name.
+        source: a published file or folder, a folder of ours, a finished run, or a hub id owner/name, or
+            owner/name/path for a folder or file in the repository.
         out: the folder to make; with --published the file, ending in .safetensors, .pth, .bin or .ckpt.
         family: of a published file, if its keys should not tell.
         sizes: of a published file, as JSON with the published constructor's names, if they are not the

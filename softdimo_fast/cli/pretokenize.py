@@ -54,7 +54,7 @@ def run(
 
     Args:
         folder: of class folders; labels count them in sorted order, and images are found at any depth.
-        tokenizer: a model file or folder, or a hub id owner/name (see softdimo export).
+        tokenizer: a model file or folder, or a hub id owner/name[/path] (see softdimo export).
         out: the token file to make (.sdt); images that could not be read are listed beside it.
         size: height and width of the images.
         batch_size: images that are encoded at a time.

@@ -46,7 +46,7 @@ def run(
 
     Args:
         run_folder: of a finished distillation, adversarial or reward run, or of a teacher; or a published
-            model: a file, a folder or a hub id.
+            model: a file, a folder or a hub id owner/name[/path].
         out: a .png, or a .safetensors with the images [count, channels, height, width] in [-1, 1].
         count: how many images.
         condition: the class (or prompt, from 0) of all images.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from softdimo_fast.models.files import ModelFileError, _tensors
+from softdimo_fast.models.hub import download
 
 Library = Literal["transformers", "open_clip"]
 # Prompts -> token ids, int64 [B, T].
@@ -31,10 +32,10 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 
 
 def local_path(source: str | Path, revision: str | None = None) -> Path:
-    """``source``, or the copy of the repository of the hub that it names, if there is no such path.
+    """``source``, or the copy of what it names on the hub, if there is no such path.
 
     Args:
-        source: a path, or ``owner/name``.
+        source: a path, or a hub id ``owner/name`` or ``owner/name/path``.
         revision: of the repository; name a commit, so that tomorrow's files are today's.
 
     Raises:
@@ -44,27 +45,9 @@ def local_path(source: str | Path, revision: str | None = None) -> Path:
     path = Path(source)
     if path.exists():
         return path
-    name = str(source)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"there is no file or folder {name}")
-    try:
-        from huggingface_hub import snapshot_download  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
-        raise ImportError(
-            f'{name} is no local path; to load from the hub: pip install "softdimo-fast[hub]"'
-        ) from error
     # Of a whole pipeline, the text encoder and its tokenizer.
     wanted, unwanted = ["*.safetensors", "*.bin", "*.json", "*.txt"], ["transformer/*", "vqvae/*"]
-    try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted
-            )
-        )
-    except Exception as error:  # of the hub's client, or of the network below it
-        raise FileNotFoundError(
-            f"there is no file or folder {name}, and the hub does not give it: {error}"
-        ) from error
+    return download(str(source), revision, wanted=wanted, unwanted=unwanted)
 
 
 def library_of(path: Path) -> Library:

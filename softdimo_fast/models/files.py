@@ -24,9 +24,14 @@ from torch import Tensor, nn
 from softdimo_fast import _config
 from softdimo_fast._files import write_atomically
 from softdimo_fast._version import __version__
+from softdimo_fast.models.hub import download
 from softdimo_fast.models.registry import build, describe, rebuild
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pth", "*.ckpt")
+HUB_FILES = (*WEIGHT_FILES, "*.json")
+# The folders of a diffusers pipeline that hold models of ours.
+PIPELINE_FOLDERS = ("transformer", "vqvae")
 
 
 class ModelFileError(RuntimeError):
@@ -82,7 +87,8 @@ def from_pretrained(
     """The model in a folder of ours, in a published file or folder, or in a repository of the hub.
 
     Args:
-        source: a path; if there is no such path, a hub id ``owner/name`` (needs the ``hub`` extra).
+        source: a path; if there is no such path, a hub id ``owner/name`` or, for a folder or file in the
+            repository, ``owner/name/path`` (needs the ``hub`` extra).
         family: of a published file; None tells it by its keys.
         sizes: of a published file, under the published constructor's names; None takes them from a
             ``config.json`` beside it, else the published model's, as far as shapes do not say otherwise.
@@ -99,7 +105,8 @@ def from_pretrained(
     """
     path = Path(source)
     if not path.exists():
-        path = _download(str(source), revision)
+        # Not what lies deeper: a folder's model is in the folder itself.
+        path = download(str(source), revision, wanted=HUB_FILES, unwanted=["*/*"])
     if (path / DESCRIPTION).exists():
         return _read_own(path)
     tensors, config = _read_published(path)
@@ -107,19 +114,6 @@ def from_pretrained(
     tensors = _clean(family, tensors)
     sizes = sizes if sizes is not None else (config or _published_sizes(family, tensors))
     return _filled(build(family, sizes), tensors, path)
-
-
-def _download(source: str, revision: str | None) -> Path:
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"from_pretrained: there is no file or folder {source}")
-    try:
-        from huggingface_hub import snapshot_download  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
-        raise ImportError(
-            f'{source} is no local path; to load from the hub: pip install "softdimo-fast[hub]"'
-        ) from error
-    patterns = ["*.safetensors", "*.bin", "*.pth", "*.json"]
-    return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
 
 
 def _read_own(folder: Path) -> Any:
@@ -150,16 +144,20 @@ def _read_published(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
 def _weight_file(folder: Path) -> Path:
     """The one file with weights; safetensors where there is a choice of forms."""
-    for pattern in ("*.safetensors", "*.bin", "*.pth", "*.ckpt"):
+    for pattern in WEIGHT_FILES:
         found = sorted(folder.glob(pattern))
         if len(found) == 1:
             return found[0]
         if found:
             names = ", ".join(file.name for file in found)
             raise ModelFileError(f"{folder} holds several weight files ({names}): name one")
-    raise FileNotFoundError(
-        f"from_pretrained: {folder} holds no weights (*.safetensors, *.bin, *.pth)"
-    )
+    lack = f"from_pretrained: {folder} holds no weights ({', '.join(WEIGHT_FILES)})"
+    if (folder / "model_index.json").exists() or any(
+        (folder / name).is_dir() for name in PIPELINE_FOLDERS
+    ):
+        names = " or ".join(f"{name}/" for name in PIPELINE_FOLDERS)
+        lack += f"; of a diffusers pipeline name the subfolder, {names}"
+    raise FileNotFoundError(lack)
 
 
 def _tensors(path: Path) -> dict[str, Any]:

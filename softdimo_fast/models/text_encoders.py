@@ -75,7 +75,8 @@ class ClipText(nn.Module, ABC):
         """
         Args:
             source: a transformers folder, or a diffusers folder with ``text_encoder`` and ``tokenizer`` in
-                it; an open_clip folder or weight file; if there is no such path, a hub id ``owner/name``.
+                it; an open_clip folder or weight file; if there is no such path, a hub id ``owner/name`` or
+                ``owner/name/path``.
             library: that reads it; None: transformers, unless the files are open_clip's.
             architecture: open_clip's name of what a weight file holds.
             pad: the token id behind the end, in transformers; None: the tokenizer's own. open_clip's is 0.

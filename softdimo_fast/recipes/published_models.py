@@ -13,6 +13,7 @@ import torch
 from softdimo_fast import _config
 from softdimo_fast.models import describe, from_pretrained
 from softdimo_fast.models.class_token import ClassTokenTransformer
+from softdimo_fast.models.hub import is_hub_id
 from softdimo_fast.recipes.published_runs import (
     CLASS_FAMILIES,
     TOKENIZER_OF,
@@ -57,15 +58,10 @@ def _require_there(run: PublishedRun, name: str, path: str) -> None:
     if Path(path).exists():
         return
     model = name not in ("text.prompts", "real_tokens")
-    if model and looks_like_a_hub_id(path):
+    if model and is_hub_id(path):
         return
-    kinds = "a file, a folder or a hub id (owner/name)" if model else "a file or a folder"
+    kinds = "a file, a folder or a hub id (owner/name[/path])" if model else "a file or a folder"
     _config.require(False, run, name, path, f"{kinds} that is there")
-
-
-def looks_like_a_hub_id(source: str) -> bool:
-    """``owner/name``, which :func:`softdimo_fast.models.from_pretrained` looks for on the hub."""
-    return source.count("/") == 1 and not source.startswith((".", "/", "~"))
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Run configs for the published teachers: what trains or searches a one-step generator, from which files.
 
 A *model source* is what :func:`softdimo_fast.models.from_pretrained` takes: a folder of ours, a published
-file or folder, or a hub id ``owner/name``. Paths are absolute or relative to the working directory, as on
-every command line. ``start`` alone names another run's folder, beside the run's own.
+file or folder, or a hub id ``owner/name`` or ``owner/name/path``. Paths are absolute or relative to the
+working directory, as on every command line. ``start`` alone names another run's folder, beside the run's own.
 """
 
 from __future__ import annotations

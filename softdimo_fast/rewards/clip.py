@@ -106,7 +106,7 @@ class TransformersTowers(ClipTowers):
         """
         Args:
             source: a folder with ``config.json``, weights and tokenizer files; if there is no such path, a
-                hub id ``owner/name``.
+                hub id ``owner/name`` or ``owner/name/path``.
             tokenizer: another folder with the tokenizer files.
             revision: of ``source`` on the hub: a commit.
 
@@ -154,7 +154,8 @@ class OpenClipTowers(ClipTowers):
     ) -> OpenClipTowers:
         """
         Args:
-            source: a file of weights, a folder with ``open_clip_config.json``, or a hub id ``owner/name``.
+            source: a file of weights, a folder with ``open_clip_config.json``, or a hub id ``owner/name`` or
+                ``owner/name/path``.
             architecture: open_clip's name of what a file holds.
             revision: of ``source`` on the hub: a commit.
 

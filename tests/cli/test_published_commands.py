@@ -122,7 +122,7 @@ def test_a_missing_path_is_said_before_any_work(
     assert re.search(r"teacher: must be given: .* \(also missing: real_tokens\)", said)
     paths = [f"teacher={tmp_path / 'no.pth'}", f"real_tokens={tmp_path / 'no.sdt'}"]
     said = refused(capsys, "train", "adversarial", "maskgit", "--out", out, "--set", *paths)
-    assert "teacher: must be a file, a folder or a hub id (owner/name) that is there" in said
+    assert "teacher: must be a file, a folder or a hub id (owner/name[/path]) that is there" in said
     assert "tteo maskgit" in refused(capsys, "train", "tteo", "maskgit", "--out", out)
     said = refused(capsys, "tteo", "maskgit", "--out", out)
     assert "generator: must be given: a finished run, or a one-step generator's weights" in said

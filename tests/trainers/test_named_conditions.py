@@ -21,7 +21,12 @@ from support.training import (
 )
 from torch import Tensor, nn
 
-from softdimo_fast.diffusion import ConfidenceSamplerConfig, Draws, confidence_sample
+from softdimo_fast.diffusion import (
+    ConfidenceSamplerConfig,
+    Draws,
+    confidence_sample,
+    initial_tokens,
+)
 from softdimo_fast.models.seeding import seeded
 from softdimo_fast.models.transformer import TokenTransformer, TokenTransformerConfig
 from softdimo_fast.trainers import (
@@ -135,8 +140,10 @@ def test_every_network_is_told_the_share() -> None:
         told = torch.cat(network.told)
         assert len(told) > 0
         assert bool((told >= 0).all())
-    told, length = torch.cat(run.student.told), run.student.token_shape[0]
-    torch.testing.assert_close(told, torch.full_like(told, round(0.6 * length) / length))
+    ratio = run.config.one_step.initial_ratio
+    initial = initial_tokens(run.student, batch.draws, ratio)
+    masked = (initial == run.student.mask_id).float().mean(1)
+    assert torch.equal(run.student.told[0], masked)
 
 
 def test_accumulation() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from softdimo_fast.models.hub import download
 from softdimo_fast.models.registry import build, describe, rebuild
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+CONFIG = "config.json"  # beside published weights
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pth", "*.ckpt")
 HUB_FILES = (*WEIGHT_FILES, "*.json")
 # The folders of a diffusers pipeline that hold models of ours.
@@ -112,7 +114,7 @@ def from_pretrained(
     tensors, config = _read_published(path)
     family = family or _family_of(path, tensors)
     tensors = _clean(family, tensors)
-    sizes = sizes if sizes is not None else (config or _published_sizes(family, tensors))
+    sizes = sizes if sizes is not None else (config or _published_sizes(path, family, tensors))
     return _filled(build(family, sizes), tensors, path)
 
 
@@ -136,10 +138,20 @@ def _read_published(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     folder = path if path.is_dir() else path.parent
     config = None
     if path.is_dir():
-        if (folder / "config.json").exists():
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if (folder / CONFIG).exists():
+            config = _read_config(folder / CONFIG)
         path = _weight_file(folder)
     return _tensors(path), config
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError(f"{file} must be a JSON object of sizes: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelFileError(f"{file} must be a JSON object of sizes, got {type(config).__name__}")
+    return config
 
 
 def _weight_file(folder: Path) -> Path:
@@ -207,17 +219,32 @@ def _clean(family: str, tensors: dict[str, Any]) -> dict[str, Any]:
     return cleaned
 
 
-def _published_sizes(family: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _published_sizes(path: Path, family: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """What differs between the published models of a family and can be read off the shapes."""
+
+    def require(there: bool, expected: str) -> None:
+        if not there:
+            some = ", ".join(list(tensors)[:5])
+            raise ModelFileError(
+                f"{path} is no file of {family}: expected {expected}; its keys begin with {some}"
+            )
+
+    def shape(key: str) -> tuple[int, int]:
+        tensor = tensors.get(key)
+        require(isinstance(tensor, Tensor) and tensor.ndim == 2, f"a matrix {key}")
+        rows, columns = tensors[key].shape
+        return rows, columns
+
     if family == "maskbit":
-        return {"codebook_size": 2 ** tensors["input_proj.weight"].shape[1]}
+        return {"codebook_size": 2 ** shape("input_proj.weight")[1]}
     if family == "maskbit_tokenizer":
-        codes, bits = tensors["quantize.codebook"].shape
+        codes, bits = shape("quantize.codebook")
         return {"config": {"codebook_size": codes, "token_size": bits}}
     if family == "maskgen_vq":
-        depth = 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks."))
-        width = tensors["embeddings.weight"].shape[1]
-        return {"decoder_embed_dim": width, "decoder_depth": depth}
+        width = shape("embeddings.weight")[1]
+        blocks = {key.split(".")[1] for key in tensors if re.match(r"blocks\.\d+\.", key)}
+        require(bool(blocks), "keys blocks.0 and on")
+        return {"decoder_embed_dim": width, "decoder_depth": len(blocks)}
     return {}
 
 

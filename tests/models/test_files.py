@@ -188,6 +188,37 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("maskbit", r"input_proj\.weight"),
+        ("maskbit_tokenizer", r"quantize\.codebook"),
+        ("maskgen_vq", r"embeddings\.weight"),
+    ],
+)
+def test_a_file_of_another_family_than_was_said(family: str, expected: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "other.bin", published_state("maskgit_vqgan"))
+    message = (
+        rf"other\.bin is no file of {family}: expected a matrix {expected}; its keys begin with"
+    )
+    with pytest.raises(ModelFileError, match=message):
+        from_pretrained(path, family=family)
+    write(path, {expected.replace("\\", ""): torch.ones(3)})
+    with pytest.raises(ModelFileError, match=message):
+        from_pretrained(path, family=family)
+    write(path, {"embeddings.weight": torch.ones(3, 2)})
+    with pytest.raises(ModelFileError, match=rf"other\.bin is no file of {family}: expected"):
+        from_pretrained(path, family=family)
+
+
+@pytest.mark.parametrize("content", ['{"num_layers": 1', "", "[]", "\0\xff"])
+def test_a_damaged_config_is_told(content: str, tmp_path: Path) -> None:
+    save_published(build("meissonic", SIZES["meissonic"]), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ModelFileError, match=r"config\.json must be a JSON object of sizes"):
+        from_pretrained(tmp_path)
+
+
 def test_a_hub_id_needs_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"softdimo-fast\[hub\]"):
@@ -229,7 +260,7 @@ def test_bits_are_read_off_the_published_maskbit_shapes(bits: int) -> None:
             key: torch.empty(shape, device="meta")
             for key, (shape, *_) in listing.get("keys", listing).items()
         }
-        sizes = _published_sizes(family, _clean(family, tensors))
+        sizes = _published_sizes(Path(family), family, _clean(family, tensors))
         if family == "maskbit":
             assert sizes == {"codebook_size": 2**bits}
         else:

@@ -303,10 +303,18 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, source: Path | None
 
 
 def save_published(model: nn.Module, path: str | Path) -> Path:
-    """Writes the weights as the published file has them: wrapped, under its keys, by its ending."""
+    """Writes the weights as the published file has them: wrapped, under its keys, by its ending.
+
+    Raises:
+        FileExistsError: there is something at ``path`` already.
+        ValueError: its ending is none of a weight file's.
+        OSError: it cannot be written; nothing is left behind.
+    """
     from safetensors.torch import save
 
     path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"save_published: {path} exists already")
     layout = LAYOUTS.get(describe(model)["family"], _Layout(()))
     tensors = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
     if path.suffix == ".safetensors":

@@ -236,6 +236,12 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path) -> None
         save_pretrained(model, blocked / "ours")
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
         save_published(model, tmp_path / "m.onnx")
+    for ending in (".safetensors", ".bin"):
+        path = blocked.rename(tmp_path / f"file{ending}")
+        with pytest.raises(FileExistsError, match=rf"file\{ending} exists already"):
+            save_published(model, path)
+        assert path.read_text() == "x"
+        blocked = path.rename(tmp_path / "file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "ours"]
 
 

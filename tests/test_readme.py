@@ -1,19 +1,26 @@
-"""The README's code runs, and its table of kernels is what this build has."""
+"""The README's code runs, its commands parse, and its table of kernels is what this build has."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import re
+import shlex
+from typing import Any
 
 import pytest
 from support.process import ROOT
 
 import softdimo_fast
-from softdimo_fast.cli import doctor
+from softdimo_fast.cli import doctor, main
+from softdimo_fast.cli.train import load_settings
 from softdimo_fast.ops import _library
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+CODE = re.findall(r"^```\w*\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+COMMANDS = re.findall(r"^softdimo .*$", "".join(CODE), flags=re.MULTILINE)
 # | `operator` | what it computes | C++ (CPU) | CUDA |
 ROWS = re.findall(r"^\| `(\w+)` \|[^|]*\| (yes|no) \| (yes|no) \|$", README, flags=re.MULTILINE)
 
@@ -30,6 +37,31 @@ def test_python_block_runs(block: str, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_there_is_one_example() -> None:
     assert len(BLOCKS) == 1
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_parses(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the real command line, whose functions are replaced by ones that note their arguments."""
+    _, command, *arguments = shlex.split(line, comments=True)
+    module = importlib.import_module(f"softdimo_fast.cli.{command}")
+    called: list[dict[str, Any]] = []
+
+    @functools.wraps(module.run)
+    def note(**values: Any) -> int:
+        called.append(values)
+        return 0
+
+    monkeypatch.setattr(module, "run", note)
+    assert main([command, *arguments]) == 0
+    (values,) = called
+    recipe, method = values.get("recipe_name"), values.get("method")
+    if recipe is not None:  # recipe, method and the names of the settings are known
+        method = method or ("tteo" if command == "tteo" else "distillation")
+        load_settings(recipe, method, None, None, tuple(values.get("set", ())))
+
+
+def test_there_are_commands() -> None:
+    assert {line.split()[1] for line in COMMANDS} >= {"config", "train", "sample", "tteo", "export"}
 
 
 def test_table_of_kernels_is_that_of_this_build() -> None:

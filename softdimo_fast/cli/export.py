@@ -29,23 +29,24 @@ def run(
         sizes: of a published file, as JSON with the published constructor's names, if they are not the
             published model's.
         revision: of a hub repository: a commit.
-        published: write the form of the published checkpoints.
+        published: write the form of the published checkpoints; a .safetensors of a family that is published
+            with its sizes in a config.json gets one beside it, if there is none yet.
     """
-    from softdimo_fast.models import describe, from_pretrained, save_pretrained, save_published
+    from softdimo_fast.models import describe, save_pretrained, save_published
+    from softdimo_fast.models.files import read_pretrained
 
     try:
         given = None if sizes is None else json.loads(sizes)
     except ValueError as error:
         raise UsageError(f"--sizes must be JSON, got {sizes!r}: {error}") from error
     if (Path(source) / "checkpoints").is_dir():
-        model = _of_run(Path(source))
+        model, read = _of_run(Path(source)), None
     else:
-        model = from_pretrained(source, family=family, sizes=given, revision=revision)
+        model, read = read_pretrained(source, family=family, sizes=given, revision=revision)
     if published:
         save_published(model, out)
     else:
-        path = Path(source)
-        save_pretrained(model, out, source=path if path.is_file() else None)
+        save_pretrained(model, out, source=read)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{describe(model)['family']}, {count / 1e6:.1f} million parameters, in {out}")
     return 0

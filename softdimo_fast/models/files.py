@@ -75,6 +75,10 @@ LAYOUTS = {
 }
 
 
+# Families whose published folders hold their sizes in a config.json.
+CONFIGURED = ("maskgen_vq", "tatitok_vq", "meissonic", "meissonic_vqvae")
+
+
 # ---------------------------------------------------------------------------------------------------
 # reading
 
@@ -105,17 +109,32 @@ def from_pretrained(
         ConfigError: the sizes are wrong.
         ImportError: a hub id without the hub extra.
     """
+    return read_pretrained(source, family=family, sizes=sizes, revision=revision)[0]
+
+
+def read_pretrained(
+    source: str | Path,
+    *,
+    family: str | None = None,
+    sizes: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+) -> tuple[Any, Path]:
+    """The model of :func:`from_pretrained`, and the weight file that it was read from."""
     path = Path(source)
     if not path.exists():
         # Not what lies deeper: a folder's model is in the folder itself.
         path = download(str(source), revision, wanted=HUB_FILES, unwanted=["*/*"])
     if (path / DESCRIPTION).exists():
-        return _read_own(path)
-    tensors, config = _read_published(path)
+        return _read_own(path), path / WEIGHTS
+    config = None
+    if path.is_dir():
+        config = _read_config(path / CONFIG) if (path / CONFIG).exists() else None
+        path = _weight_file(path)
+    tensors = _tensors(path)
     family = family or _family_of(path, tensors)
     tensors = _clean(family, tensors)
     sizes = sizes if sizes is not None else (config or _published_sizes(path, family, tensors))
-    return _filled(build(family, sizes), tensors, path)
+    return _filled(build(family, sizes), tensors, path), path
 
 
 def _read_own(folder: Path) -> Any:
@@ -131,17 +150,6 @@ def _read_own(folder: Path) -> Any:
             f"{weights} is damaged: its sha256 is {found}, {DESCRIPTION} says {expected}"
         )
     return _filled(rebuild(description), _tensors(weights), weights)
-
-
-def _read_published(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Tensors by key, still as they were saved, and the ``config.json`` beside them."""
-    folder = path if path.is_dir() else path.parent
-    config = None
-    if path.is_dir():
-        if (folder / CONFIG).exists():
-            config = _read_config(folder / CONFIG)
-        path = _weight_file(folder)
-    return _tensors(path), config
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -305,6 +313,9 @@ def save_pretrained(model: nn.Module, folder: str | Path, *, source: Path | None
 def save_published(model: nn.Module, path: str | Path) -> Path:
     """Writes the weights as the published file has them: wrapped, under its keys, by its ending.
 
+    A ``.safetensors`` of a family that is published with a ``config.json`` gets one beside it, unless there
+    is one already: :func:`from_pretrained` reads their folder.
+
     Raises:
         FileExistsError: there is something at ``path`` already.
         ValueError: its ending is none of a weight file's.
@@ -315,11 +326,16 @@ def save_published(model: nn.Module, path: str | Path) -> Path:
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"save_published: {path} exists already")
-    layout = LAYOUTS.get(describe(model)["family"], _Layout(()))
+    description = describe(model)
+    family = description["family"]
+    layout = LAYOUTS.get(family, _Layout(()))
     tensors = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
     if path.suffix == ".safetensors":
         tied = dict(getattr(model, "TIED_KEYS", {}))
         write_atomically(path, save(tensors, metadata={"format": "pt", **tied}))
+        config = path.with_name(CONFIG)
+        if family in CONFIGURED and not config.exists():
+            write_atomically(config, json.dumps(description["config"], indent=1).encode())
         return path
     if path.suffix not in (".pth", ".bin", ".ckpt", ".pt"):
         raise ValueError(

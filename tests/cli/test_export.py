@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.hub import LocalHub
+from support.published import SIZES as PUBLISHED_SIZES
 
 from softdimo_fast import cli
 from softdimo_fast.models import build, from_pretrained, save_published
+from softdimo_fast.models.files import sha256
 
 SIZES = {
     "img_size": 32, "hidden_dim": 16, "codebook_size": 12, "depth": 1, "heads": 2, "mlp_dim": 24, "nclass": 3,
@@ -36,6 +39,31 @@ def test_there_and_back(
     assert list(before) == list(after)
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert from_pretrained(ours).config == from_pretrained(back, sizes=SIZES).config
+
+
+def test_the_weight_file_that_was_read_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder and of a hub source too."""
+    monkeypatch.chdir(tmp_path)
+    repository = tmp_path / "hub" / "MeissonFlow" / "Meissonic"
+    (repository / "vqvae").mkdir(parents=True)
+    name = "diffusion_pytorch_model.safetensors"
+    model = build("meissonic_vqvae", PUBLISHED_SIZES["meissonic_vqvae"], seed=1)
+    file = save_published(model, repository / "vqvae" / name)
+    LocalHub(tmp_path / "hub", tmp_path / "cache").install(monkeypatch)
+    for source in (str(repository / "vqvae"), "MeissonFlow/Meissonic/vqvae"):
+        out = tmp_path / "ours" / str(len(source))
+        assert cli.main(["export", source, "--out", str(out)]) == 0
+        recorded = json.loads((out / "model.json").read_text())["source"]
+        assert recorded == {"file": name, "sha256": sha256(file)}
+    back = tmp_path / "back" / name
+    back.parent.mkdir()
+    assert cli.main(["export", str(out), "--out", str(back), "--published"]) == 0
+    assert sorted(path.name for path in back.parent.iterdir()) == ["config.json", name]
+    assert sha256(back) == sha256(file)
+    assert cli.main(["export", str(out), "--out", str(back), "--published"]) == 2
+    assert from_pretrained(back.parent).config == model.config
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from softdimo_fast.models import (
     save_pretrained,
     save_published,
 )
-from softdimo_fast.models.files import DESCRIPTION, LAYOUTS, WEIGHTS, sha256
+from softdimo_fast.models.files import CONFIGURED, DESCRIPTION, LAYOUTS, WEIGHTS, sha256
 
 FAMILIES = list(SIZES)
 
@@ -130,6 +130,22 @@ def test_sizes_come_from_the_config_beside_the_weights(family: str, tmp_path: Pa
     config = {"_class_name": "X", **SIZES[family]} if family == "meissonic" else SIZES[family]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert_same(model, from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_way_back_brings_the_config_where_it_is_published(family: str, tmp_path: Path) -> None:
+    model = build(family, SIZES[family], seed=3)
+    for name in ("pickled", "tensors"):
+        (tmp_path / name).mkdir()
+    save_published(model, tmp_path / "pickled" / "model.bin")
+    assert [file.name for file in (tmp_path / "pickled").iterdir()] == ["model.bin"]
+    folder = save_published(model, tmp_path / "tensors" / "model.safetensors").parent
+    assert (folder / "config.json").exists() == (family in CONFIGURED)
+    if family in CONFIGURED:
+        assert_same(model, from_pretrained(folder))
+        (folder / "config.json").write_text("{}")
+        save_published(model, folder / "again.safetensors")
+        assert (folder / "config.json").read_text() == "{}"  # somebody's own
 
 
 def test_loss_of_a_key_and_a_wrong_shape_are_listed(tmp_path: Path) -> None:

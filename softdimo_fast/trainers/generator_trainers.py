@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Required, TypedDict, Unpack
 
 from softdimo_fast.diffusion import Draws
 from softdimo_fast.models.conditions import Condition
@@ -12,17 +13,25 @@ from softdimo_fast.trainers.adversarial import Adversarial
 from softdimo_fast.trainers.distillation import DistributionMatching
 from softdimo_fast.trainers.generator import GeneratorConfig, GeneratorMethod
 from softdimo_fast.trainers.objective import Objective
+from softdimo_fast.trainers.progress import Progress
 from softdimo_fast.trainers.reward import RewardObjective
 from softdimo_fast.trainers.trainer import Trainer, TrainerConfig
 
 Conditions = Callable[[Draws], Condition]
 
 
-class GeneratorTrainer(Trainer):
-    """L = the sum of ``objectives``, each with its own weight (Soft-Di[M]O, arXiv 2509.22925).
+class GeneratorOptions(TypedDict, total=False):
+    """The keywords of :class:`GeneratorTrainer`."""
 
-    ``options`` are those of :class:`Trainer`: folder, run_config, progress.
-    """
+    generator: Required[GeneratorConfig]
+    config: Required[TrainerConfig]
+    folder: Path | None
+    run_config: Mapping[str, Any] | None
+    progress: Progress | None
+
+
+class GeneratorTrainer(Trainer):
+    """L = the sum of ``objectives``, each with its own weight (Soft-Di[M]O, arXiv 2509.22925)."""
 
     method: GeneratorMethod
 
@@ -34,10 +43,17 @@ class GeneratorTrainer(Trainer):
         *,
         generator: GeneratorConfig,
         config: TrainerConfig,
-        **options: Any,
+        folder: Path | None = None,
+        run_config: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
     ) -> None:
+        """Args:
+        conditions: the condition of each sample, a function of its draws.
+        generator, config: of the method and of the loop.
+        folder, run_config, progress: see :class:`Trainer`.
+        """
         method = GeneratorMethod(student, conditions, objectives, generator)
-        super().__init__(method, config, **options)
+        super().__init__(method, config, folder=folder, run_config=run_config, progress=progress)
 
 
 class DistillationTrainer(GeneratorTrainer):
@@ -49,7 +65,7 @@ class DistillationTrainer(GeneratorTrainer):
         conditions: Conditions,
         matching: DistributionMatching,
         *others: Objective,
-        **options: Any,
+        **options: Unpack[GeneratorOptions],
     ) -> None:
         super().__init__(student, conditions, (matching, *others), **options)
 
@@ -63,7 +79,7 @@ class AdversarialTrainer(GeneratorTrainer):
         conditions: Conditions,
         adversarial: Adversarial,
         *others: Objective,
-        **options: Any,
+        **options: Unpack[GeneratorOptions],
     ) -> None:
         super().__init__(student, conditions, (*others, adversarial), **options)
 
@@ -77,6 +93,6 @@ class RewardTrainer(GeneratorTrainer):
         conditions: Conditions,
         reward: RewardObjective,
         *others: Objective,
-        **options: Any,
+        **options: Unpack[GeneratorOptions],
     ) -> None:
         super().__init__(student, conditions, (*others, reward), **options)

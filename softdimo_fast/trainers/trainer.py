@@ -42,7 +42,7 @@ class TrainerConfig:
         log_every, checkpoint_every: in steps. The device is waited for only then.
         keep_checkpoints: the newest ones that stay.
         nan_policy: a loss or gradient that is not finite never reaches a weight. ``"raise"`` ends the run
-            at the next log line and names the first bad step; ``"skip"`` goes on, up to ``nan_limit``.
+            at the next log line or checkpoint and names the first bad step; ``"skip"`` goes on, up to ``nan_limit``.
         autocast: the forward passes' precision; weights and optimizer states stay float32.
     """
 
@@ -240,9 +240,15 @@ class Trainer:
     # checkpoints
 
     def save(self) -> Path | None:
-        """Writes a checkpoint of everything that the next step depends on."""
+        """Writes a checkpoint of everything that the next step depends on.
+
+        Raises:
+            NonFiniteError: the NaN policy ends the run. Its checkpoint would fail again at every resume.
+        """
         if self.folder is None:
             return None
+        bad_steps, first_bad = torch.stack([self._bad_steps, self._first_bad]).tolist()
+        self._apply_nan_policy(int(bad_steps), int(first_bad))
         tensors: dict[str, Mapping[str, Tensor]] = {}
         sums, steps = self._means.state()
         for role, module in self.method.roles.items():

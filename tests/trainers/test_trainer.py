@@ -165,6 +165,16 @@ def test_raise_waits_for_the_log_and_names_the_first() -> None:
     assert run.step == 5
 
 
+def test_no_checkpoint_of_a_run_that_the_policy_ends(tmp_path: Path) -> None:
+    run = poisoned({3}, "value", tmp_path, log_every=100, checkpoint_every=2)
+    with pytest.raises(NonFiniteError, match="the first at step 3 "):
+        run.run()
+    assert [path.name for path in checkpoint.find(tmp_path / "checkpoints")] == ["step_00000002"]
+    again = poisoned(set(), "value", tmp_path, log_every=100, checkpoint_every=2)
+    again.run(resume=True)
+    assert again.step == 6
+
+
 @pytest.mark.parametrize("what", ["value", "gradient"])
 @pytest.mark.parametrize("bad", [0, 2])
 def test_skip_goes_on_and_counts(what: str, bad: int, tmp_path: Path) -> None:

@@ -22,7 +22,13 @@ from support.training import (
 )
 from torch import Tensor
 
-from softdimo_fast.trainers import NonFiniteError, OptimizerConfig, RewardConfig, RewardObjective
+from softdimo_fast.trainers import (
+    NonFiniteError,
+    OptimizerConfig,
+    RewardConfig,
+    RewardObjective,
+    checkpoint,
+)
 from softdimo_fast.trainers.run_log import RunLog
 
 SGD = OptimizerConfig(name="sgd", learning_rate=0.05, momentum=0.9)

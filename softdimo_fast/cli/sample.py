@@ -15,6 +15,8 @@ from softdimo_fast.cli.errors import UsageError, require_folder
 RECIPES_OWN = "(default: the recipe's)"
 Steps = Annotated[int | None, arg(metavar="INT", help_behavior_hint=RECIPES_OWN)]
 Temperature = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint=RECIPES_OWN)]
+Device = Annotated[str | None, arg(metavar="STR", help_behavior_hint="(default: cpu)")]
+BatchSize = Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 16)")]
 Prompts = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="(default: the run's)")]
 
 
@@ -36,8 +38,8 @@ def run(
     prompts: Prompts = None,
     text_encoder: ModelSource = None,
     one_step: bool = False,
-    device: str = "cpu",
-    batch_size: int = 16,
+    device: Device = None,
+    batch_size: BatchSize = None,
     set: Changes = (),  # the option's name, and nothing here needs the builtin
 ) -> int:
     """Samples a trained generator in one step, or a teacher in several.
@@ -88,25 +90,34 @@ class _Published:
     prompts: Path | None
     text_encoder: str | None
     one_step: bool
-    device: str
-    batch_size: int
+    device: str | None
+    batch_size: int | None
 
     def are_meant(self, source: Path) -> bool:
-        """Whether ``source`` is a published model, or a run on one."""
-        from softdimo_fast.models.files import DESCRIPTION
+        """Whether ``source`` is a published model, or a run on one.
+
+        Raises:
+            UsageError: it is no run, and nothing says that it is a model.
+        """
         from softdimo_fast.recipes.build import finished_run
         from softdimo_fast.recipes.published_runs import PublishedGeneratorRun
         from softdimo_fast.trainers import checkpoint
 
         if checkpoint.find(source / "checkpoints"):
             return isinstance(finished_run(source), PublishedGeneratorRun)
-        return self.tokenizer is not None or source.is_file() or (source / DESCRIPTION).exists()
+        if self.tokenizer is None and not _holds_weights(source):
+            raise UsageError(
+                f"{source} holds no trained run (no checkpoint was found); of a published model, "
+                "--tokenizer must be given: a file, a folder or a hub id"
+            )
+        return True
 
     def refuse(self, folder: Path) -> None:
         """Where they are given for a run that has its own."""
         options = {
             "--tokenizer": self.tokenizer, "--prompts": self.prompts,
             "--text-encoder": self.text_encoder, "--one-step": self.one_step or None,
+            "--device": self.device, "--batch-size": self.batch_size,
         }  # fmt: skip
         for name, value in options.items():
             if value is not None:
@@ -119,10 +130,11 @@ class _Published:
         from softdimo_fast.diffusion import OneStepConfig
         from softdimo_fast.recipes.published_samples import ImageMaker
 
-        _config.require_range("", "--batch-size", self.batch_size, minimum=1)
+        batch_size = 16 if self.batch_size is None else self.batch_size
+        _config.require_range("", "--batch-size", batch_size, minimum=1)
         maker = ImageMaker.of(
             source, tokenizer=self.tokenizer, one_step=self.one_step, prompts=self.prompts,
-            text_encoder=self.text_encoder, device=self.device,
+            text_encoder=self.text_encoder, device=self.device or "cpu",
         )  # fmt: skip
         if isinstance(maker.sampler, OneStepConfig):
             if steps not in (None, 1):
@@ -133,9 +145,13 @@ class _Published:
             changes = [*changes, f"steps={steps}"]
         maker = maker.with_settings(changes)
         numbers = maker.numbers(count, condition)
-        return maker.images(
-            numbers, seed=seed, decode=decode or "sample", batch_size=self.batch_size
-        )
+        return maker.images(numbers, seed=seed, decode=decode or "sample", batch_size=batch_size)
+
+
+def _holds_weights(source: Path) -> bool:
+    from softdimo_fast.models.files import WEIGHT_FILES
+
+    return source.is_file() or any(any(source.glob(pattern)) for pattern in WEIGHT_FILES)
 
 
 def _encoder(out: Path) -> Any:

@@ -109,20 +109,22 @@ class ImageMaker:
                 be read.
         """
         place = require_device("sample", "device", device)
-        if is_run(source):
-            run = finished_run(Path(source))
+        run = finished_run(Path(source)) if is_run(source) else None
+        if run is not None:
             is_ours = isinstance(run, PublishedGeneratorRun)
             _config.require(is_ours, "sample", "run", type(run).__name__, "of a published recipe")
+            tokenizer = tokenizer or run.tokenizer
+        _config.require(  # before gigabytes are read
+            tokenizer is not None, "sample", "tokenizer", None,
+            "given: a file, a folder or a hub id",
+        )  # fmt: skip
+        if run is not None:
             model, sampler = trained_role(Path(source), "student"), run.generator.one_step
-            tokenizer, text = tokenizer or run.tokenizer, run.text
+            text = run.text
         else:
             model = _published_model(source)
             sampler = published_one_step(model) if one_step else published_sampler(model)
             text = _teacher_of(model).text
-        _config.require(
-            tokenizer is not None, "sample", "tokenizer", None,
-            "given: a file, a folder or a hub id",
-        )  # fmt: skip
         text = replace(
             text, prompts=text.prompts if prompts is None else str(prompts),
             encoder=text.encoder if text_encoder is None else text_encoder,

@@ -302,6 +302,10 @@ def test_what_the_parser_refuses_ends_the_same_way(
         ("teacher", ["--decode", "soft"], r"--decode is a generator's: the teacher in .* got soft"),
         ("teacher", ["--steps", 0], r"steps: must be a number >= 1, got 0"),
         ("tokenizer", [], r"tokenizer holds a TokenizerRun, which makes no images"),
+        ("teacher", ["--one-step"], r"--one-step is for published models; .* a run of digits"),
+        ("teacher", ["--device", "cpu"], r"--device is for published models; .* a run of digits"),
+        ("teacher", ["--batch-size", 16], r"--batch-size is for published models; .* of digits"),
+        ("teacher", ["--tokenizer", "x"], r"--tokenizer is for published models; .* of digits"),
     ],
 )
 def test_what_a_run_cannot_sample(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,12 +130,25 @@ def test_a_missing_path_is_said_before_any_work(
     assert not out.exists()
 
 
-def test_options_of_published_models_are_none_of_the_digits(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_model_source_without_its_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "run").mkdir()
-    said = refused(capsys, "sample", tmp_path / "run", "--one-step", "--out", tmp_path / "a.png")
-    assert "--one-step is for published models" in said
+    """A folder that is a model's is told from what may be a mistyped run; nothing is downloaded."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.chdir(tmp_path)
+    Path("published").mkdir()
+    Path("empty").mkdir()
+    save_published(tiny_model("maskgit"), Path("published", "MaskGIT.pth"))
+    out = ("--out", "a.png")
+    for source in ("published", "published/MaskGIT.pth"):
+        said = refused(capsys, "sample", source, *out)
+        assert "sample.tokenizer: must be given: a file, a folder or a hub id" in said
+    for source in ("empty", "owner/name", "owner/name/transformer"):
+        said = refused(capsys, "sample", source, "--one-step", *out)
+        assert f"{source} holds no trained run (no checkpoint was found); of a published" in said
+        assert "--tokenizer must be given: a file, a folder or a hub id" in said
+    said = refused(capsys, "sample", "owner/name/transformer", "--tokenizer", "published", *out)
+    assert "owner/name/transformer is no local path; to load from the hub: pip install" in said
 
 
 def test_a_published_file_of_other_sizes(

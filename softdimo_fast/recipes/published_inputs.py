@@ -147,6 +147,9 @@ def load_rewards(
 ) -> WeightedRewards:
     """The rewards of a run, summed with their weights.
 
+    On a GPU up to ``ENCODED_AT_ONCE`` prompts are encoded here; with more, each reward waits for it in every
+    micro-batch.
+
     Args:
         prompts: that conditions count; with class labels, one for each class.
 

@@ -26,8 +26,8 @@ class PromptedReward(nn.Module):
     reward was built with (:class:`~softdimo_fast.data.prompts.PromptConditions` sets them), or that tensor
     itself. Class labels work too, with one prompt for each class.
 
-    What a model makes of prompts is kept. To know which ones it has, the host reads the numbers, and waits
-    for the GPU to do so; after :meth:`encode_prompts` nothing waits.
+    What a model makes of prompts is kept. To know which ones it has, the host reads the numbers in every call,
+    and waits for the GPU to do so; after :meth:`encode_prompts` nothing waits.
     """
 
     def __init__(
@@ -85,13 +85,17 @@ class PromptedReward(nn.Module):
             found = self._encoded(numbers.tolist())
             return map_condition(lambda t: t.to(images.device, non_blocking=True), found)
         known = self.known(numbers)
-        if numbers.device.type == "cpu" and not bool(known.all()):
+        if numbers.device.type == "cpu":
+            self._check_known(numbers, known)
+        safe = torch.where(known, numbers, 0).to(images.device, non_blocking=True)
+        return map_condition(lambda t: t.to(images.device)[safe], self._table)
+
+    def _check_known(self, numbers: Tensor, known: Tensor) -> None:
+        if not bool(known.all()):
             raise ValueError(
                 f"{type(self).__name__}: there is no prompt number {int(numbers[~known][0])}: there are "
                 f"{len(self.prompts)}, counted from 0"
             )
-        safe = torch.where(known, numbers, 0).to(images.device, non_blocking=True)
-        return map_condition(lambda t: t.to(images.device)[safe], self._table)
 
     def known(self, numbers: Tensor) -> Tensor:
         """Which of the numbers are prompts', bool ``[B]``."""

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.checks import assert_same_bits
-from support.text_families import TEXT, TRANSFORMERS, meissonic_vq, tatitok
+from support.prompted import FAMILIES, SIZE, Towers, conditions
+from support.text_families import TRANSFORMERS
 from support.training import generator, snapshot, trainer
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from softdimo_fast.data.prompts import PromptConditions, PromptFile
+from softdimo_fast.data.prompts import PromptFile
 from softdimo_fast.diffusion import Draws
-from softdimo_fast.models.text_encoders import (
-    ClipText,
-    MaskGenTextEncoder,
-    MeissonicTextEncoder,
-    TextFeatures,
-)
 from softdimo_fast.rewards import ClipReward, WeightedRewards
-from softdimo_fast.rewards.clip import ClipTowers
 from softdimo_fast.trainers import (
     RewardConfig,
     RewardObjective,
@@ -31,54 +23,7 @@ from softdimo_fast.trainers import (
     TestTimeEmbeddingOptimizer,
 )
 
-BATCH, WIDTH, SIZE = 6, 10, 8
-FAMILIES: dict[str, tuple[Any, Any, int]] = {
-    "maskgen": (MaskGenTextEncoder, tatitok, 10),
-    "meissonic": (MeissonicTextEncoder, meissonic_vq, 16),
-}
-
-
-def _bytes(prompts: Sequence[str]) -> Tensor:
-    return torch.tensor([[*p.encode()[-TEXT:].rjust(TEXT, b" ")] for p in prompts])
-
-
-def _table(width: int, seed: int) -> nn.Embedding:
-    weight = torch.randn(256, width, generator=torch.Generator().manual_seed(seed))
-    return nn.Embedding.from_pretrained(weight)
-
-
-class Tower(ClipText):
-    """Text features of the widths that the small models have."""
-
-    def __init__(self, pooled: int) -> None:
-        model = nn.ModuleDict({"rows": _table(WIDTH, 0), "pooled": _table(pooled, 1)})
-        super().__init__(model, _bytes)
-
-    def features(self, ids: Tensor) -> TextFeatures:
-        model: Any = self.model
-        rows = model["rows"](ids)
-        return TextFeatures(rows, rows.cumsum(1), model["pooled"](ids).sum(1))
-
-
-class Towers(ClipTowers):
-    """Of a reward; remembers the prompts it is asked about."""
-
-    size = SIZE
-
-    def __init__(self) -> None:
-        model: Any = nn.Module()
-        model.words = _table(7, 2)
-        image = torch.randn(3 * SIZE * SIZE, 7, generator=torch.Generator().manual_seed(3))
-        model.image, model.logit_scale = nn.Parameter(image), nn.Parameter(torch.tensor(1.0))
-        super().__init__(model, _bytes)
-
-    def images(self, pixels: Tensor) -> Tensor:
-        model: Any = self.model
-        return pixels.flatten(1) @ model.image
-
-    def ids(self, ids: Tensor) -> Tensor:
-        model: Any = self.model
-        return F.normalize(model.words(ids).sum(1), dim=-1)
+BATCH = 6
 
 
 @pytest.fixture
@@ -91,11 +36,6 @@ def prompts(tmp_path: Path) -> PromptFile:
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-def conditions(family: str, prompts: PromptFile, **options: Any) -> PromptConditions:
-    encoder, _, pooled = FAMILIES[family]
-    return PromptConditions(prompts, encoder(Tower(pooled)), BATCH, **options)
 
 
 class Asked(ClipReward):
@@ -111,7 +51,7 @@ def run_steps(family: str, prompts: PromptFile, **options: Any) -> tuple[dict[st
     _, tokenizer, _ = FAMILIES[family]
     objective = RewardObjective(tokenizer(), WeightedRewards({"clip": reward}), RewardConfig())
     method = generator(objective, student=TRANSFORMERS[family][0]())
-    method.conditions = conditions(family, prompts, **options)
+    method.conditions = conditions(family, prompts, BATCH, **options)
     run = trainer(method, steps=2, batch_size=BATCH)
     before = snapshot(run)
     run.run()
@@ -130,7 +70,7 @@ def test_the_generator_trains_on_the_prompts(family: str, prompts: PromptFile) -
 
 
 def test_the_reward_reads_the_words_of_its_own_sample(family: str, prompts: PromptFile) -> None:
-    source, towers = conditions(family, prompts), Towers()
+    source, towers = conditions(family, prompts, BATCH), Towers()
     draws = Draws.of(4, 1, BATCH)
     pixels = torch.rand(BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5))
     found = ClipReward(towers, prompts)(pixels, source(draws))
@@ -145,6 +85,6 @@ def test_search_at_test_time(family: str, prompts: PromptFile) -> None:
         student, FAMILIES[family][1](), reward, TestTimeConfig(candidates=2, iterations=2)
     )
     draws = Draws.of(0, 0, BATCH)
-    condition = conditions(family, prompts)(draws)
+    condition = conditions(family, prompts, BATCH)(draws)
     result = search(condition, condition, draws)
     assert bool((result.reward >= result.initial_reward).all())

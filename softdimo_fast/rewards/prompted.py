@@ -26,8 +26,8 @@ class PromptedReward(nn.Module):
     reward was built with (:class:`~softdimo_fast.data.prompts.PromptConditions` sets them), or that tensor
     itself. Class labels work too, with one prompt for each class.
 
-    What a model makes of prompts is kept. To know which ones it has, the host reads the numbers in every call,
-    and waits for the GPU to do so; after :meth:`encode_prompts` nothing waits.
+    What a model makes of prompts is kept. To know which ones it has, every call reads the numbers on the
+    host, and waits for the GPU to do so; after :meth:`encode_prompts` nothing waits.
     """
 
     def __init__(

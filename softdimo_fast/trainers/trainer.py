@@ -42,7 +42,8 @@ class TrainerConfig:
         log_every, checkpoint_every: in steps. The device is waited for only then.
         keep_checkpoints: the newest ones that stay.
         nan_policy: a loss or gradient that is not finite never reaches a weight. ``"raise"`` ends the run
-            at the next log line or checkpoint and names the first bad step; ``"skip"`` goes on, up to ``nan_limit``.
+            at the next log line or checkpoint and names the first bad step; ``"skip"`` goes on, up to
+            ``nan_limit``.
         autocast: the forward passes' precision; weights and optimizer states stay float32.
     """
 

@@ -407,11 +407,11 @@ def test_damaged_checkpoints_are_not_sampled(
 def test_a_damaged_newest_checkpoint_is_warned_of(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flip(runs / "distillation" / "checkpoints" / "step_00000004" / "student_average.safetensors")
+    flip(runs / "distillation" / "checkpoints" / "step_00000004" / "config.json")
     said = refused(capsys, "sample", runs / "distillation", "--out", tmp_path / "x.png")
     first, damage, last = said.splitlines()
     assert first.startswith("warning: not every checkpoint is intact; ")
-    assert "student_average.safetensors is not what was written" in damage
+    assert "config.json is not what was written" in damage
     assert last.endswith("stands at step 2 of 4: finish it first, by a resume")
 
 

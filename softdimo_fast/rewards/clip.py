@@ -10,6 +10,7 @@ Weights come from local files (or a hub id), through transformers or open_clip: 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +54,7 @@ def reno_rewards(rewards: Mapping[str, Reward]) -> WeightedRewards:
 # CLIP's two towers
 
 
-class ClipTowers(nn.Module):
+class ClipTowers(nn.Module, ABC):
     """Image and text tower of a frozen CLIP model with its tokenizer.
 
     Attributes:
@@ -73,18 +74,18 @@ class ClipTowers(nn.Module):
         scale: Tensor = model.logit_scale.float().exp()
         return scale
 
+    @abstractmethod
     def images(self, pixels: Tensor) -> Tensor:
         """The embeddings ``[B, P]`` of pixels ``[B, 3, size, size]``, as :func:`clip_pixels` gives them."""
-        raise NotImplementedError
 
     def prompts(self, prompts: Sequence[str]) -> Tensor:
         """The embeddings ``[B, P]`` of prompts."""
         ids = self.tokenize(prompts)
         return self.ids(ids.to(next(self.model.parameters()).device))
 
+    @abstractmethod
     def ids(self, ids: Tensor) -> Tensor:
         """The embeddings ``[B, P]`` of token ids ``[B, T]``."""
-        raise NotImplementedError
 
 
 class TransformersTowers(ClipTowers):

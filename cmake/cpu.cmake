@@ -3,7 +3,11 @@
 # -ffp-contract=fast: a * b + c is one fused operation wherever the instruction set has it, so that every
 #   tile size of the micro-kernel rounds alike. Never -ffast-math: NaN and infinities mean something here.
 set(kernel_flags -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra)
-set(kernel_sources csrc/cpu/soft_embedding.cpp)
+
+# Operators with matrix products are compiled for the instruction sets that multiply bfloat16 too.
+set(product_sources csrc/cpu/soft_embedding.cpp)
+set(vector_sources)
+set(bindings csrc/bind_cpu/library.cpp csrc/bind_cpu/soft_embedding.cpp)
 
 # name, vector bytes, compiler flags. The baseline variant alone where the processor is not x86-64.
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
@@ -12,18 +16,32 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(bytes_x86_64_v3 32)
   set(flags_x86_64_v4 -march=x86-64-v4 -mprefer-vector-width=512)
   set(bytes_x86_64_v4 64)
+  set(flags_avx512_bf16 ${flags_x86_64_v4} -mavx512bf16)
+  set(bytes_avx512_bf16 64)
+  set(flags_amx_bf16 ${flags_avx512_bf16} -mamx-tile -mamx-bf16)
+  set(bytes_amx_bf16 64)
+  include(CheckCXXCompilerFlag)
+  check_cxx_compiler_flag("-mavx512bf16 -mamx-tile -mamx-bf16" SOFTDIMO_COMPILES_BF16)
+  if(SOFTDIMO_COMPILES_BF16)
+    list(APPEND isas avx512_bf16 amx_bf16)
+  endif()
 else()
   set(isas baseline)
 endif()
 set(flags_baseline "")
 set(bytes_baseline 16)
 
-add_library(softdimo_cpu MODULE csrc/ops.cpp csrc/bind_cpu.cpp csrc/cpu/isa.cpp)
+add_library(softdimo_cpu MODULE csrc/ops.cpp ${bindings} csrc/cpu/isa.cpp)
 softdimo_torch_library(softdimo_cpu _cpu)
+target_include_directories(softdimo_cpu PRIVATE csrc)
 target_link_libraries(softdimo_cpu PRIVATE torch_cpu)
 target_compile_options(softdimo_cpu PRIVATE -Wall -Wextra)
 
 foreach(isa IN LISTS isas)
+  set(kernel_sources ${product_sources})
+  if(NOT isa MATCHES "bf16$")
+    list(APPEND kernel_sources ${vector_sources})
+  endif()
   add_library(softdimo_cpu_${isa} OBJECT ${kernel_sources})
   target_include_directories(softdimo_cpu_${isa} PRIVATE csrc/include)
   target_compile_options(softdimo_cpu_${isa} PRIVATE ${kernel_flags} ${flags_${isa}})

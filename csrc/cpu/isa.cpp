@@ -4,11 +4,37 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(SOFTDIMO_HAVE_AMX_BF16) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace softdimo::cpu {
 namespace {
 
+#ifdef SOFTDIMO_HAVE_AMX_BF16
+// Linux gives a process the tile registers only when it asks for them.
+bool tiles_granted() {
+#ifdef __linux__
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 bool supported(Isa isa) {
   switch (isa) {
+#ifdef SOFTDIMO_HAVE_AMX_BF16
+    case Isa::amx_bf16:
+      return supported(Isa::avx512_bf16) && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+             tiles_granted();
+#endif
+#ifdef SOFTDIMO_HAVE_AVX512_BF16
+    case Isa::avx512_bf16:
+      return supported(Isa::x86_64_v4) && __builtin_cpu_supports("avx512bf16");
+#endif
 #ifdef SOFTDIMO_HAVE_X86_64_V4
     case Isa::x86_64_v4:
       return __builtin_cpu_supports("x86-64-v4");
@@ -24,8 +50,10 @@ bool supported(Isa isa) {
   }
 }
 
+constexpr Isa kBestFirst[] = {Isa::amx_bf16, Isa::avx512_bf16, Isa::x86_64_v4, Isa::x86_64_v3, Isa::baseline};
+
 Isa best() {
-  for (Isa isa : {Isa::x86_64_v4, Isa::x86_64_v3}) {
+  for (Isa isa : kBestFirst) {
     if (supported(isa)) return isa;
   }
   return Isa::baseline;
@@ -34,7 +62,7 @@ Isa best() {
 Isa choose() {
   const char* wish = std::getenv("SOFTDIMO_CPU_ISA");
   if (wish == nullptr || *wish == '\0') return best();
-  for (Isa isa : {Isa::baseline, Isa::x86_64_v3, Isa::x86_64_v4}) {
+  for (Isa isa : kBestFirst) {
     if (std::string(wish) != isa_name(isa)) continue;
     if (supported(isa)) return isa;
     throw std::runtime_error(std::string("SOFTDIMO_CPU_ISA=") + wish +
@@ -53,6 +81,10 @@ Isa active_isa() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::amx_bf16:
+      return "amx-bf16";
+    case Isa::avx512_bf16:
+      return "avx512-bf16";
     case Isa::x86_64_v4:
       return "x86-64-v4";
     case Isa::x86_64_v3:
@@ -63,11 +95,20 @@ const char* isa_name(Isa isa) {
 }
 
 const char* compiled_isas() {
-#if defined(SOFTDIMO_HAVE_X86_64_V4)
-  return "x86-64-v4 x86-64-v3 baseline";
-#else
-  return "baseline";
+  return ""
+#ifdef SOFTDIMO_HAVE_AMX_BF16
+         "amx-bf16 "
 #endif
+#ifdef SOFTDIMO_HAVE_AVX512_BF16
+         "avx512-bf16 "
+#endif
+#ifdef SOFTDIMO_HAVE_X86_64_V4
+         "x86-64-v4 "
+#endif
+#ifdef SOFTDIMO_HAVE_X86_64_V3
+         "x86-64-v3 "
+#endif
+         "baseline";
 }
 
 }  // namespace softdimo::cpu

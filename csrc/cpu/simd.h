@@ -13,6 +13,10 @@
 
 namespace softdimo::cpu::SOFTDIMO_ISA {
 
+constexpr int64_t kPad = 16;  // elements between scratch rows: power-of-two strides share cache sets
+
+SOFTDIMO_ALWAYS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 template <class T>
 struct SimdTypes;
 template <>

@@ -36,10 +36,6 @@
 namespace softdimo::cpu::SOFTDIMO_ISA {
 namespace {
 
-constexpr int64_t kPad = 16;  // elements between scratch rows: power-of-two strides share cache sets
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // ---------------------------------------------------------------------------------------------------
 // reading rows
 

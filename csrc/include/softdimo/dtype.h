@@ -8,6 +8,24 @@
 // cannot hand one set's copy to another.
 #define SOFTDIMO_ALWAYS_INLINE inline __attribute__((always_inline))
 
+// Declares an operator's table of kernels for every instruction set.
+#define SOFTDIMO_DECLARE_TABLE(Table, name) \
+  namespace baseline {                      \
+  const Table& name();                      \
+  }                                         \
+  namespace x86_64_v3 {                     \
+  const Table& name();                      \
+  }                                         \
+  namespace x86_64_v4 {                     \
+  const Table& name();                      \
+  }                                         \
+  namespace avx512_bf16 {                   \
+  const Table& name();                      \
+  }                                         \
+  namespace amx_bf16 {                      \
+  const Table& name();                      \
+  }
+
 namespace softdimo {
 
 enum class DType : int { float64, float32, bfloat16, float16 };

@@ -105,14 +105,6 @@ struct SoftEmbeddingTable {
   SoftEmbeddingKernels float64;
 };
 
-namespace baseline {
-const SoftEmbeddingTable& soft_embedding_table();
-}
-namespace x86_64_v3 {
-const SoftEmbeddingTable& soft_embedding_table();
-}
-namespace x86_64_v4 {
-const SoftEmbeddingTable& soft_embedding_table();
-}
+SOFTDIMO_DECLARE_TABLE(SoftEmbeddingTable, soft_embedding_table)
 
 }  // namespace softdimo::cpu

@@ -1,145 +1,12 @@
-// CPU implementations of the operators in ops.cpp: allocation, layout, threads. The Python layer has checked the
-// arguments; what is checked here again is what memory safety rests on.
+// soft_embedding on CPUs: allocation, layout, threads.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <algorithm>
-#include <functional>
-#include <limits>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
-#include "cpu/isa.h"
+#include "bind_cpu/tensors.h"
 #include "softdimo/soft_embedding.h"
 
 namespace softdimo::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using Shape = std::vector<int64_t>;
-
-// ---------------------------------------------------------------------------------------------------
-// tensors
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return DType::float64;
-    case ScalarType::Float:
-      return DType::float32;
-    case ScalarType::BFloat16:
-      return DType::bfloat16;
-    case ScalarType::Half:
-      return DType::float16;
-    default:
-      STD_TORCH_CHECK(false, "softdimo: expected float64, float32, bfloat16 or float16");
-  }
-}
-
-Shape leading_shape(const Tensor& tensor, int64_t dropped = 1) {
-  Shape shape;
-  for (int64_t i = 0; i + dropped < tensor.dim(); ++i) shape.push_back(tensor.size(i));
-  return shape;
-}
-
-Shape with(Shape shape, int64_t last) {
-  shape.push_back(last);
-  return shape;
-}
-
-int64_t product(const Shape& shape) {
-  int64_t total = 1;
-  for (int64_t size : shape) total *= size;
-  return total;
-}
-
-// A fresh output. Large ones are backed by huge pages: first touching 4 KiB pages costs more than the arithmetic.
-Tensor output(const Tensor& like, const Shape& shape, ScalarType dtype) {
-  Tensor tensor = torch::stable::new_empty(like, shape, dtype);
-#ifdef __linux__
-  constexpr size_t kLarge = size_t{8} << 20, kPage = 4096;
-  const size_t bytes = static_cast<size_t>(tensor.numel()) * tensor.element_size();
-  if (bytes >= kLarge) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-    const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-  }
-#endif
-  return tensor;
-}
-
-Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
-
-// Strides of a tensor over `shape`, to which it broadcasts; dimensions that step alike are merged.
-// `dropped` trailing dimensions of the tensor are left out. False when more dimensions remain than Rows holds.
-bool layout_rows(const Tensor& tensor, const Shape& shape, int64_t dropped, Rows* rows) {
-  rows->dims = 0;
-  const int64_t own = tensor.dim() - dropped, missing = static_cast<int64_t>(shape.size()) - own;
-  for (size_t i = 0; i < shape.size(); ++i) {
-    const int64_t dim = static_cast<int64_t>(i) - missing;
-    const int64_t stride = dim < 0 || tensor.size(dim) == 1 ? 0 : tensor.stride(dim);
-    if (shape[i] == 1) continue;
-    if (rows->dims > 0 && rows->stride[rows->dims - 1] == stride * shape[i]) {
-      rows->size[rows->dims - 1] *= shape[i];
-      rows->stride[rows->dims - 1] = stride;
-      continue;
-    }
-    if (rows->dims == Rows::kMaxDims) return false;
-    rows->size[rows->dims] = shape[i];
-    rows->stride[rows->dims] = stride;
-    ++rows->dims;
-  }
-  return true;
-}
-
-// The tensor itself where its rows can be walked in place, else one contiguous copy.
-Tensor walkable(const Tensor& logits, Rows* rows) {
-  const Shape shape = leading_shape(logits);
-  if (logits.stride(-1) == 1 && layout_rows(logits, shape, 1, rows)) return logits;
-  if (logits.size(-1) == 1 && layout_rows(logits, shape, 1, rows)) return logits;
-  Tensor copy = torch::stable::contiguous(logits);
-  layout_rows(copy, shape, 1, rows);
-  return copy;
-}
-
-void parallel(int64_t tasks, const std::function<void(int64_t, int64_t)>& body) {
-  if (tasks > 0) torch::stable::parallel_for(0, tasks, 1, body);
-}
-
-// Grain for loops whose iterations are short.
-void parallel_rows(int64_t rows, const std::function<void(int64_t, int64_t)>& body) {
-  if (rows > 0) torch::stable::parallel_for(0, rows, 256, body);
-}
-
-// ---------------------------------------------------------------------------------------------------
-// soft_embedding
-
-const SoftEmbeddingTable& soft_embedding_table() {
-  switch (active_isa()) {
-#ifdef SOFTDIMO_HAVE_X86_64_V4
-    case Isa::x86_64_v4:
-      return x86_64_v4::soft_embedding_table();
-#endif
-#ifdef SOFTDIMO_HAVE_X86_64_V3
-    case Isa::x86_64_v3:
-      return x86_64_v3::soft_embedding_table();
-#endif
-    default:
-      return baseline::soft_embedding_table();
-  }
-}
+const SoftEmbeddingTable& soft_embedding_table() { return SOFTDIMO_PRODUCT_TABLE(soft_embedding_table); }
 
 // A call with everything it points at.
 struct Prepared {
@@ -154,10 +21,6 @@ struct Prepared {
     return static_cast<const T*>(kept.back().const_data_ptr());
   }
 };
-
-bool is_double(const OptionalTensor& tensor) {
-  return tensor.has_value() && tensor->scalar_type() == ScalarType::Double;
-}
 
 void check_shapes(const Tensor& logits, const Tensor& codebook, const OptionalTensor& mask,
                   const OptionalTensor& mask_embedding, const OptionalTensor& row_ids) {
@@ -175,24 +38,6 @@ void check_shapes(const Tensor& logits, const Tensor& codebook, const OptionalTe
                   "softdimo: mask_embedding does not fit the codebook");
   STD_TORCH_CHECK(!row_ids.has_value() || (row_ids->numel() == rows && row_ids->scalar_type() == ScalarType::Long),
                   "softdimo: row_ids do not fit the logits");
-}
-
-// A temperature the kernels can divide by: finite (an infinite one would make NaN of absent entries), and NaN where
-// it is not positive, so that the row becomes NaN.
-template <class T>
-T usable_temperature(double value) {
-  if (!(value > 0)) return std::numeric_limits<T>::quiet_NaN();
-  return static_cast<T>(std::min(value, static_cast<double>(std::numeric_limits<T>::max())));
-}
-
-// One temperature per row.
-template <class T>
-Tensor row_temperatures(const Tensor& logits, const Tensor& temperature, ScalarType compute) {
-  Tensor rows = torch::stable::new_empty(logits, leading_shape(logits), compute);
-  torch::stable::copy_(rows, temperature);  // broadcasts, or refuses
-  T* value = static_cast<T*>(rows.mutable_data_ptr());
-  for (int64_t n = 0; n < rows.numel(); ++n) value[n] = usable_temperature<T>(value[n]);
-  return rows;
 }
 
 Prepared prepare(const Tensor& logits, const Tensor& codebook, double temperature,
@@ -380,15 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> soft_embedding_backward(
   return {dlogits, dcodebook, dtemperature, dmask};
 }
 
-std::string cpu_isa() { return isa_name(active_isa()); }
-std::string compiled_cpu_isas() { return compiled_isas(); }
-
 }  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(softdimo, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
-  m.impl("compiled_cpu_isas", TORCH_BOX(&compiled_cpu_isas));
-}
 
 STABLE_TORCH_LIBRARY_IMPL(softdimo, CPU, m) {
   m.impl("soft_embedding", TORCH_BOX(&soft_embedding));

@@ -1,0 +1,233 @@
+// Operands of bfloat16 products, packed. Rounded to nearest even by an instruction that, like the products, takes
+// subnormal numbers for zero.
+//
+//   A   rows of bfloat16, K contiguous, zeros from K up to padded_depth(K). Strides between rows that are powers of
+//       two share cache sets: add kLeftPad elements.
+//   B   panels of 32 columns, rows of K in pairs (2k, 2k + 1): [panel][padded_depth(K) / 2][32][2], zeros beyond K
+//       and N.
+#pragma once
+
+#include "simd.h"
+
+#ifdef __AVX512BF16__
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // the header's own undefined vectors (GCC 105593)
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+namespace softdimo::cpu::SOFTDIMO_ISA {
+
+// Callers branch on it with `if constexpr`: elsewhere these functions are declared, not defined.
+#ifdef __AVX512BF16__
+constexpr bool kHasBfloat16Product = true;
+#else
+constexpr bool kHasBfloat16Product = false;
+#endif
+
+using Bfloat16 = uint16_t;
+
+constexpr int64_t kPanel = 32;      // columns of a panel of B
+constexpr int64_t kDepthStep = 32;  // K is a multiple of it, once padded
+constexpr int64_t kLeftPad = 32;    // elements between rows of A: one cache line
+
+SOFTDIMO_ALWAYS_INLINE int64_t padded_depth(int64_t depth) {
+  return (depth + kDepthStep - 1) / kDepthStep * kDepthStep;
+}
+SOFTDIMO_ALWAYS_INLINE int64_t padded_columns(int64_t columns) { return (columns + 15) / 16 * 16; }
+
+// Elements of a panel, and of all of B.
+SOFTDIMO_ALWAYS_INLINE int64_t right_panel(int64_t depth) { return padded_depth(depth) * kPanel; }
+SOFTDIMO_ALWAYS_INLINE int64_t right_size(int64_t depth, int64_t columns) {
+  return (columns + kPanel - 1) / kPanel * right_panel(depth);
+}
+
+// A matrix anywhere: entry (i, j) is element first + i * row + j * col of a tensor.
+struct Table {
+  const void* data;
+  DType dtype;
+  int64_t first, row, col;
+};
+
+// B from a table [depth, columns], whole or the entries of K in [32 begin, 32 end). Fast where one of the strides is 1.
+void pack_right(const Table& table, int64_t depth, int64_t columns, int64_t begin, int64_t end, Bfloat16* b);
+// Entries 2 * pair and 2 * pair + 1 of K of B, from a row of `columns` floats each; `odd` may be nullptr: zeros.
+// Pairs from depth / 2 up to padded_depth(depth) / 2 must be written too: clear_pairs.
+void pack_right_pair(const float* even, const float* odd, int64_t columns, int64_t depth, int64_t pair, Bfloat16* b);
+void clear_pairs(int64_t columns, int64_t depth, Bfloat16* b);
+
+// A from a table [rows, depth]. Fast where one of the strides is 1.
+void pack_left(const Table& table, int64_t rows, int64_t depth, Bfloat16* a, int64_t a_row);
+// One row of A from `depth` floats, zeros up to padded_depth. Returns the sum of what was written, as it was rounded.
+float pack_left_row(const float* row, int64_t depth, Bfloat16* a);
+
+#ifdef __AVX512BF16__
+
+// ---------------------------------------------------------------------------------------------------
+// vectors, for kernels that pack what they compute
+
+// 16 values rounded to bfloat16, as floats.
+SOFTDIMO_ALWAYS_INLINE Vec<float> rounded(Vec<float> v) {
+  const __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v));
+  return (Vec<float>)_mm512_slli_epi32(wide, 16);
+}
+// 32 consecutive elements of a row of A.
+SOFTDIMO_ALWAYS_INLINE void store_left(Vec<float> first, Vec<float> second, Bfloat16* out) {
+  _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+}
+// 16 columns of two consecutive entries of K of B, one in each half of a lane.
+SOFTDIMO_ALWAYS_INLINE __m512i interleaved(Vec<float> even, Vec<float> odd) {
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, both);
+}
+SOFTDIMO_ALWAYS_INLINE void store_right(Vec<float> even, Vec<float> odd, Bfloat16* out) {
+  _mm512_storeu_si512(out, interleaved(even, odd));
+}
+
+// Entries [j, j + n) of row i, then zeros up to kDepthStep.
+SOFTDIMO_ALWAYS_INLINE void read_entries(const Table& t, int64_t i, int64_t j, int64_t n, float* out) {
+  const int64_t first = t.first + i * t.row + j * t.col;
+  if (t.col == 1) {
+    widen(t.data, t.dtype, first, n, out);
+  } else {
+    for (int64_t k = 0; k < n; ++k) widen(t.data, t.dtype, first + k * t.col, 1, out + k);
+  }
+  for (int64_t k = n; k < kDepthStep; ++k) out[k] = 0.0f;
+}
+
+// 16 x 16 lanes of 32 bits: row i becomes column i.
+SOFTDIMO_ALWAYS_INLINE void transpose(__m512i* r) {
+  __m512i t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+    r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+  }
+}
+
+// 16 rows i.. of a table, entries [j, j + 32), as pairs: lane p of row r holds entries j + 2p and j + 2p + 1 of row
+// i + r. Zeros beyond the table.
+SOFTDIMO_ALWAYS_INLINE void read_pairs(const Table& t, int64_t i, int64_t rows, int64_t j, int64_t columns,
+                                       __m512i* r) {
+  float wide[kDepthStep];
+  for (int64_t row = 0; row < 16; ++row) {
+    read_entries(t, i + row, j, i + row < rows ? smaller(kDepthStep, columns - j) : 0, wide);
+    r[row] = (__m512i)_mm512_cvtne2ps_pbh((__m512)load(wide + 16), (__m512)load(wide));
+  }
+}
+
+// The same 32 x 16 entries of a table whose columns are contiguous: t's entry (k, c) for c in [i, i + 16).
+SOFTDIMO_ALWAYS_INLINE void read_pairs_across(const Table& t, int64_t i, int64_t columns, int64_t j, int64_t depth,
+                                              __m512i* r) {
+  float even[kDepthStep], odd[kDepthStep];
+  const int64_t count = i < columns ? smaller(16, columns - i) : 0;
+  for (int64_t pair = 0; pair < 16; ++pair) {
+    const int64_t k = j + 2 * pair;
+    read_entries(t, k, i, k < depth ? count : 0, even);
+    read_entries(t, k + 1, i, k + 1 < depth ? count : 0, odd);
+    r[pair] = interleaved(load(even), load(odd));
+  }
+}
+
+inline void pack_right(const Table& t, int64_t depth, int64_t columns, int64_t begin, int64_t end, Bfloat16* b) {
+  const bool across = t.col == 1 || t.row != 1;
+  for (int64_t step = begin; step < end; ++step) {
+    for (int64_t n = 0; n < columns; n += kPanel) {
+      Bfloat16* out = b + n / kPanel * right_panel(depth) + step * kDepthStep * kPanel;
+      for (int64_t half = 0; half < kPanel; half += 16) {
+        __m512i pairs[16];
+        if (across) {
+          read_pairs_across(t, n + half, columns, step * kDepthStep, depth, pairs);
+        } else {
+          read_pairs({t.data, t.dtype, t.first, t.col, t.row}, n + half, columns, step * kDepthStep, depth, pairs);
+          transpose(pairs);
+        }
+        for (int64_t p = 0; p < 16; ++p) _mm512_storeu_si512(out + (p * kPanel + half) * 2, pairs[p]);
+      }
+    }
+  }
+}
+
+inline void pack_right_pair(const float* even, const float* odd, int64_t columns, int64_t depth, int64_t pair,
+                            Bfloat16* b) {
+  for (int64_t n = 0; n < columns; n += kPanel) {
+    Bfloat16* out = b + n / kPanel * right_panel(depth) + pair * kPanel * 2;
+    if (n + kPanel <= columns) {
+      for (int64_t i = 0; i < kPanel; i += 16) {
+        store_right(load(even + n + i), odd != nullptr ? load(odd + n + i) : Vec<float>{}, out + 2 * i);
+      }
+      continue;
+    }
+    for (int64_t i = 0; i < kPanel; i += 16) {
+      const int64_t count = columns - n - i;
+      const __mmask16 some = count >= 16 ? 0xffff : count > 0 ? static_cast<__mmask16>((1u << count) - 1) : 0;
+      const __m512 first = _mm512_maskz_loadu_ps(some, even + n + i);
+      const __m512 second = _mm512_maskz_loadu_ps(odd != nullptr ? some : 0, odd + n + i);
+      store_right((Vec<float>)first, (Vec<float>)second, out + 2 * i);
+    }
+  }
+}
+
+inline void clear_pairs(int64_t columns, int64_t depth, Bfloat16* b) {
+  const int64_t used = (depth + 1) / 2 * 2 * kPanel, panel = right_panel(depth);
+  for (int64_t n = 0; n < columns; n += kPanel) {
+    std::memset(b + n / kPanel * panel + used, 0, static_cast<size_t>(panel - used) * sizeof(Bfloat16));
+  }
+}
+
+inline void pack_left(const Table& t, int64_t rows, int64_t depth, Bfloat16* a, int64_t a_row) {
+  const bool across = t.row == 1 && t.col != 1;
+  for (int64_t m = 0; m < rows; m += 16) {
+    for (int64_t k = 0; k < depth; k += kDepthStep) {
+      __m512i pairs[16];
+      if (across) {
+        read_pairs_across({t.data, t.dtype, t.first, t.col, t.row}, m, rows, k, depth, pairs);
+        transpose(pairs);
+      } else {
+        read_pairs(t, m, rows, k, depth, pairs);
+      }
+      const int64_t count = smaller(16, rows - m);
+      for (int64_t i = 0; i < count; ++i) _mm512_storeu_si512(a + (m + i) * a_row + k, pairs[i]);
+    }
+  }
+}
+
+inline float pack_left_row(const float* row, int64_t depth, Bfloat16* a) {
+  Vec<float> sum{};
+  for (int64_t k = 0; k < depth; k += kDepthStep) {
+    const int64_t count = depth - k;
+    const __mmask32 some = count >= kDepthStep ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
+    const Vec<float> first = (Vec<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(some), row + k);
+    const Vec<float> second = (Vec<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(some >> 16), row + k + 16);
+    store_left(first, second, a + k);
+    sum += rounded(first) + rounded(second);
+  }
+  return lane_sum<float>(sum);
+}
+
+#endif  // __AVX512BF16__
+
+}  // namespace softdimo::cpu::SOFTDIMO_ISA

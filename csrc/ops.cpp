@@ -20,6 +20,13 @@ STABLE_TORCH_LIBRARY(softdimo, m) {
       "soft_embedding_backward(Tensor grad, Tensor logits, Tensor codebook, float temperature, "
       "Tensor? row_temperature, Tensor? mask, Tensor? mask_embedding, Tensor? seed, Tensor? row_ids, "
       "Tensor row_max, Tensor row_sum, Tensor soft, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
+  // The loss of every row, or their sum or mean; max and rest are saved for backward.
+  m.def(
+      "masked_cross_entropy(Tensor logits, Tensor targets, Tensor? mask, float label_smoothing, str reduction) "
+      "-> (Tensor loss, Tensor row_max, Tensor row_rest)");
+  m.def(
+      "masked_cross_entropy_backward(Tensor grad, Tensor logits, Tensor targets, Tensor? mask, "
+      "float label_smoothing, str reduction, Tensor row_max, Tensor row_rest) -> Tensor");
   m.def(
       "token_statistics(Tensor logits, float temperature, Tensor? row_temperature, Tensor? mask) "
       "-> (Tensor log_normalizer, Tensor entropy, Tensor max_prob)");

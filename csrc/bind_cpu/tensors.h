@@ -120,6 +120,20 @@ inline void parallel_rows(int64_t rows, const std::function<void(int64_t, int64_
   if (rows > 0) torch::stable::parallel_for(0, rows, 256, body);
 }
 
+// Grain for loops whose iterations pass over `width` entries each.
+inline void parallel_entries(int64_t rows, int64_t width, const std::function<void(int64_t, int64_t)>& body) {
+  constexpr int64_t kEntries = 1 << 15;
+  if (rows > 0) torch::stable::parallel_for(0, rows, std::max<int64_t>(kEntries / width, 1), body);
+}
+
+// Logits [..., V] with V >= 1, and a mask over their rows.
+inline void check_rows(const Tensor& logits, const OptionalTensor& mask) {
+  STD_TORCH_CHECK(logits.is_cpu() && logits.dim() >= 1 && logits.size(-1) > 0, "softdimo: expected CPU logits [..., V]");
+  STD_TORCH_CHECK(!mask.has_value() || (mask->is_cpu() && mask->numel() == product(leading_shape(logits)) &&
+                                        mask->scalar_type() == ScalarType::Bool),
+                  "softdimo: mask does not fit the logits");
+}
+
 inline bool is_double(const OptionalTensor& tensor) {
   return tensor.has_value() && tensor->scalar_type() == ScalarType::Double;
 }

@@ -33,6 +33,8 @@ struct SimdTypes<double> {
 template <class T>
 using Vec = typename SimdTypes<T>::Vector;
 template <class T>
+constexpr DType kDType = sizeof(T) == 8 ? DType::float64 : DType::float32;
+template <class T>
 constexpr int kLanes = SOFTDIMO_SIMD_BYTES / static_cast<int>(sizeof(T));
 
 typedef int32_t IntVec __attribute__((vector_size(SOFTDIMO_SIMD_BYTES)));

@@ -227,3 +227,10 @@ def autocast(tensor: Tensor | None) -> Tensor | None:
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
+
+
+def copy_notes(logits: Tensor) -> list[str]:
+    """What ``explain`` says where the C++ kernels copy logits that they cannot walk in place."""
+    if logits.stride(-1) == 1 or logits.shape[-1] == 1:
+        return []
+    return [f"logits have stride {logits.stride(-1)} along V: one contiguous copy is made"]

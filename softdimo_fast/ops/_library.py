@@ -48,6 +48,12 @@ def cpu_isa() -> str:
     return str(torch.ops.softdimo.cpu_isa())
 
 
+def cpu_vector_isa() -> str:
+    """The instruction set of the kernels without matrix products: they have no bfloat16 variants."""
+    isas = compiled_cpu_isas()
+    return next(isa for isa in isas[isas.index(cpu_isa()) :] if not isa.endswith("-bf16"))
+
+
 def compiled_cpu_isas() -> list[str]:
     """The instruction sets compiled into this build, best first."""
     return str(torch.ops.softdimo.compiled_cpu_isas()).split()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softdimo_fast.ops import _arguments as check
-from softdimo_fast.ops import _backends, _registration
+from softdimo_fast.ops import _backends, _library, _registration
 from softdimo_fast.ops._explain import Explanation, explains
 from softdimo_fast.ops.reference import cross_entropy as reference
 from softdimo_fast.ops.reference.common import compute_dtype
@@ -69,7 +69,11 @@ def masked_cross_entropy(
     call = _prepare(
         logits, targets, mask, label_smoothing=label_smoothing, reduction=reduction, backend=backend
     )
-    loss: Tensor = torch.ops.softdimo_reference.masked_cross_entropy(*call[:-1])
+    loss: Tensor
+    if call.choice.backend == "cpp":
+        loss, *_ = torch.ops.softdimo.masked_cross_entropy(*call[:-1])
+    else:
+        loss = torch.ops.softdimo_reference.masked_cross_entropy(*call[:-1])
     return loss
 
 
@@ -98,7 +102,7 @@ def _prepare(
     check.require_choice(NAME, "reduction", reduction, ("none", "sum", "mean"))
     if check.checks_values(targets):
         _check_range(targets, mask, logits.shape[-1])
-    choice = _backends.choose(NAME, backend, _backends.obstacles(logits))
+    choice = _backends.choose(NAME, backend, _backends.obstacles(logits, "cpp"))
     return _Call(logits, targets, mask, float(label_smoothing), reduction, choice)
 
 
@@ -113,6 +117,55 @@ def _check_range(targets: Tensor, mask: Tensor | None, vocabulary: int) -> None:
         )
 
 
+# ---------------------------------------------------------------------------------------------------
+# torch: fake kernels, autograd, double backward
+
+
+@torch.library.register_fake("softdimo::masked_cross_entropy")
+def _fake(
+    logits: Tensor, targets: Tensor, mask: Tensor | None, label_smoothing: float, reduction: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dtype = logits.shape[:-1], compute_dtype(logits)
+    loss = logits.new_empty(rows if reduction == "none" else (), dtype=dtype)
+    return loss, logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, dtype=dtype)
+
+
+@torch.library.register_fake("softdimo::masked_cross_entropy_backward")
+def _fake_backward(
+    grad: Tensor, logits: Tensor, targets: Tensor, mask: Tensor | None, label_smoothing: float,
+    reduction: str, row_max: Tensor, row_rest: Tensor,
+) -> Tensor:  # fmt: skip
+    return logits.new_empty(logits.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    _registration.save_inputs(ctx, (*inputs, *output[1:]), output)
+
+
+def _gradients(ctx: Any, grad: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None or not ctx.needs_input_grad[0]:
+        return (None,) * 5
+    inputs = _registration.restore_inputs(ctx)
+    return (torch.ops.softdimo.masked_cross_entropy_backward(grad, *inputs), *(None,) * 4)
+
+
+def _composite_backward(
+    grad: Tensor, logits: Tensor, targets: Tensor, mask: Tensor | None, label_smoothing: float,
+    reduction: str, row_max: Tensor, row_rest: Tensor,
+) -> Tensor:  # fmt: skip
+    """The kernel's backward in plain torch: what its own derivative is taken of."""
+    return reference.masked_cross_entropy_backward(
+        grad, logits, targets, mask, label_smoothing, reduction, [True]
+    )
+
+
+torch.library.register_autograd("softdimo::masked_cross_entropy", _gradients, setup_context=_save)
+_registration.register_double_backward(
+    "softdimo::masked_cross_entropy_backward", _composite_backward
+)
+for _operator in ("softdimo::masked_cross_entropy", "softdimo::masked_cross_entropy_backward"):
+    torch.library.register_vmap(_operator, _registration.vmap_refusal(NAME))
 _registration.reference_operator(
     NAME,
     reference.masked_cross_entropy,
@@ -125,13 +178,15 @@ _registration.reference_operator(
 def _explain(logits: Tensor, targets: Tensor, mask: Tensor | None, **options: Any) -> Explanation:
     call = _prepare(logits, targets, mask, **options)
     rows = targets.numel()
+    cpp = call.choice.backend == "cpp"
+    notes = ["several [N, V] tensors are written to memory; rows are not batch-invariant"]
     written = (rows if call.reduction == "none" else 1) * compute_dtype(logits).itemsize
     return Explanation(
         operator=NAME,
         backend=call.choice.backend,
-        kernel="plain torch",
+        kernel=f"softdimo::{NAME}, {_library.cpu_vector_isa()}" if cpp else "plain torch",
         reason=call.choice.reason,
-        notes=("several [N, V] tensors are written to memory; rows are not batch-invariant",),
+        notes=tuple(check.copy_notes(logits) if cpp else notes),
         bytes=logits.numel() * logits.element_size() + rows * targets.element_size() + written,
         # Per entry: shift and sum, and one more sum for the smoothing.
         flops=(3 if call.label_smoothing else 2) * logits.numel(),

@@ -64,7 +64,7 @@ def token_statistics(
             elsewhere that row becomes NaN.
     """
     call = _prepare(logits, temperature=temperature, mask=mask, backend=backend)
-    if call.choice.backend == "cuda":
+    if call.choice.backend in ("cpp", "cuda"):
         return TokenStatistics(*torch.ops.softdimo.token_statistics(*call[:-1]))
     return TokenStatistics(*torch.ops.softdimo_reference.token_statistics(*call[:-1]))
 
@@ -91,7 +91,7 @@ def _prepare(
 
 
 def _obstacles(logits: Tensor, row_temperature: Tensor | None) -> dict[str, str]:
-    obstacles = _backends.obstacles(logits, "cuda")
+    obstacles = _backends.obstacles(logits, "cpp", "cuda")
     if "cuda" in obstacles:
         return obstacles
     if _library.CUDA_OBSTACLE is not None:
@@ -105,7 +105,8 @@ def _fake(
     logits: Tensor, temperature: float, row_temperature: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = logits.shape[:-1]
-    first, second, third = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    dtype = compute_dtype(logits, row_temperature)
+    first, second, third = (logits.new_empty(rows, dtype=dtype) for _ in range(3))
     return first, second, third
 
 
@@ -118,13 +119,22 @@ _registration.reference_operator(NAME, reference.token_statistics)
 def _explain(logits: Tensor, **options: Any) -> Explanation:
     call = _prepare(logits, **options)
     rows = logits.numel() // logits.shape[-1]
-    cuda = call.choice.backend == "cuda"
+    backend = call.choice.backend
+    kernels = {
+        "cpp": f"softdimo::token_statistics, {_library.cpu_vector_isa()}",
+        "cuda": "softdimo::token_statistics, CUDA",
+    }
+    notes = []
+    if backend == "reference":
+        notes.append("the [N, V] probabilities are written to memory")
+    elif backend == "cpp":
+        notes += check.copy_notes(logits)
     return Explanation(
         operator=NAME,
-        backend=call.choice.backend,
-        kernel="softdimo::token_statistics, CUDA" if cuda else "plain torch",
+        backend=backend,
+        kernel=kernels.get(backend, "plain torch"),
         reason=call.choice.reason,
-        notes=() if cuda else ("the [N, V] probabilities are written to memory",),
+        notes=tuple(notes),
         bytes=logits.numel() * logits.element_size() + 3 * rows * max(logits.element_size(), 4),
         flops=2 * logits.numel(),
         exponentials=logits.numel(),

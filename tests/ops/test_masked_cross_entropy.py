@@ -16,6 +16,7 @@ from support.checks import (
     assert_same_bits,
     gradients,
     operators_run,
+    thread_count,
 )
 from support.contract import FLOORS, assert_contract
 from torch import Tensor
@@ -25,7 +26,7 @@ from softdimo_fast.ops._explain import explain
 from softdimo_fast.ops.masked_cross_entropy import masked_cross_entropy
 from softdimo_fast.ops.reference import cross_entropy as specification
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpp")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sum", "mean")
 INF = torch.inf
@@ -410,6 +411,10 @@ def test_opcheck(dtype: torch.dtype, reduction: str, masked: bool) -> None:
     torch.library.opcheck(operators.masked_cross_entropy, arguments)
     grad = torch.randn((3, 4) if reduction == "none" else (), requires_grad=True)
     torch.library.opcheck(operators.masked_cross_entropy_backward, (grad, *arguments, [True]))
+    kernels = torch.ops.softdimo
+    torch.library.opcheck(kernels.masked_cross_entropy, arguments)
+    _, *saved = (t.detach() for t in kernels.masked_cross_entropy(*arguments))
+    torch.library.opcheck(kernels.masked_cross_entropy_backward, (grad, *arguments, *saved))
 
 
 def test_dtypes_of_value_and_gradient() -> None:
@@ -458,12 +463,35 @@ def test_double_backward_under_compile_raises_clearly() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"backend": "reference"}])
-def test_which_kernel_runs(options: dict[str, Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("options", "library"), [({}, "softdimo"), ({"backend": "reference"}, "softdimo_reference")]
+)
+def test_which_kernel_runs(options: dict[str, Any], library: str, dtype: torch.dtype) -> None:
     logits, targets = torch.randn(4, 8, dtype=dtype, requires_grad=True), torch.randint(8, (4,))
     ran = operators_run(lambda: masked_cross_entropy(logits, targets, None, **options).backward())
-    assert ran == [f"softdimo_reference::masked_cross_entropy{part}" for part in ("", "_backward")]
-    assert explain(masked_cross_entropy, logits, targets, None, **options).backend == "reference"
+    assert ran == [f"{library}::masked_cross_entropy{part}" for part in ("", "_backward")]
+    explanation = explain(masked_cross_entropy, logits, targets, None, **options)
+    assert explanation.backend == ("cpp" if library == "softdimo" else "reference")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_do_not_depend_on_their_batch_or_on_threads(dtype: torch.dtype) -> None:
+    """V beyond one chunk, and rows for several threads."""
+    logits = (4 * torch.randn(90, 1500)).to(dtype)
+    case = Case(logits, torch.randint(1500, (90,)), torch.rand(90) < 0.8, 0.1)
+    value, (gradient,) = gradients(case.call("cpp"), (logits,))
+    assert case.mask is not None
+    for rows in (slice(3, 4), slice(50, 90)):
+        part = Case(logits[rows], case.targets[rows], case.mask[rows], 0.1)
+        again, (again_gradient,) = gradients(part.call("cpp"), (part.logits,))
+        assert_same_bits(again, value[rows])
+        assert_same_bits(again_gradient, gradient[rows])
+    means = []
+    for threads in (1, 3):
+        with thread_count(threads):
+            means.append(gradients(case.call("cpp", "mean"), (logits,)))
+    assert_same_bits(means[0][0], means[1][0])
+    assert_same_bits(means[0][1][0], means[1][1][0])
 
 
 def test_explain_counts_every_input_once() -> None:

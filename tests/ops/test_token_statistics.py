@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.checks import assert_same_bits, operators_run
+from support.checks import assert_same_bits, operators_run, thread_count
 from support.contract import assert_contract
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,7 +19,8 @@ from softdimo_fast.ops._explain import explain
 from softdimo_fast.ops.token_statistics import TokenStatistics, token_statistics
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-OPERATOR = "softdimo_reference::token_statistics"
+REFERENCE, KERNEL = "softdimo_reference::token_statistics", "softdimo::token_statistics"
+BACKENDS = ("reference", "cpp")
 
 
 def composed(logits: Tensor, temperature: float | Tensor) -> TokenStatistics:
@@ -52,22 +53,23 @@ def assert_same(first: TokenStatistics, second: TokenStatistics) -> None:
 # Values
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(
     shape=st.sampled_from([(300,), (4, 80), (2, 3, 50)]),
-    vocabulary=st.sampled_from([1, 2, 7, 33, 500]),
+    vocabulary=st.sampled_from([1, 2, 7, 33, 500, 1025]),
     dtype=st.sampled_from(DTYPES),
     temperature=st.sampled_from([1e-3, 0.7, 1.0, 1e3, "rows"]),
     scale=st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e4]),
     masked=st.booleans(),
 )
 def test_contract(
-    shape: tuple[int, ...], vocabulary: int, dtype: torch.dtype, temperature: float | str, scale: float,
-    masked: bool,
+    backend: str, shape: tuple[int, ...], vocabulary: int, dtype: torch.dtype,
+    temperature: float | str, scale: float, masked: bool,
 ) -> None:  # fmt: skip
     logits = (scale * torch.randn(*shape, 2 * vocabulary)).clamp(-6e4, 6e4).to(dtype)[..., ::2]
     t = torch.rand(shape) + 0.5 if isinstance(temperature, str) else temperature
     mask = torch.rand(shape) > 0.2 if masked else None
-    found = token_statistics(logits, temperature=t, mask=mask)
+    found = token_statistics(logits, temperature=t, mask=mask, backend=backend)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     wide_t = t.double() if isinstance(t, Tensor) else t
     truth = composed(logits.double(), wide_t)._replace(entropy=exact_entropy(logits, wide_t))
@@ -173,10 +175,13 @@ def test_bad_temperature_rows() -> None:
         token_statistics(logits, temperature=temperature)
     for shape in ((4, 5), (4, 1)):
         values = logits[:, : shape[1]]
-        found = torch.ops.softdimo_reference.token_statistics(values, 1.0, temperature, None)
-        for statistic, clean in zip(found, token_statistics(values), strict=True):
-            assert bool(statistic[1:].isnan().all())
-            assert_same_bits(statistic[:1], clean[:1])
+        for library, backend in (("softdimo_reference", "reference"), ("softdimo", "cpp")):
+            operator = getattr(torch.ops, library).token_statistics
+            found = operator(values, 1.0, temperature, None)
+            expected = token_statistics(values, backend=backend)
+            for statistic, clean in zip(found, expected, strict=True):
+                assert bool(statistic[1:].isnan().all())
+                assert_same_bits(statistic[:1], clean[:1])
 
 
 @pytest.mark.parametrize("shape", [(1,), (0, 5), (3, 0, 2), (1, 1)])
@@ -227,9 +232,10 @@ def example(masked: bool) -> tuple[Callable[[Tensor], TokenStatistics], Tensor]:
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(masked: bool) -> None:
     mask = torch.rand(2, 3) > 0.5 if masked else None
-    operator = torch.ops.softdimo_reference.token_statistics.default
-    for row_temperature in (None, torch.rand(2, 3) + 0.5):
-        torch.library.opcheck(operator, (torch.randn(2, 3, 5), 0.7, row_temperature, mask))
+    for library in (torch.ops.softdimo_reference, torch.ops.softdimo):
+        operator = library.token_statistics.default
+        for row_temperature in (None, torch.rand(2, 3) + 0.5, torch.rand(3).double() + 0.5):
+            torch.library.opcheck(operator, (torch.randn(2, 3, 5), 0.7, row_temperature, mask))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -267,11 +273,27 @@ def test_vmap_and_jvp_raise_clearly() -> None:
 # Which kernel
 
 
-def test_cpu_tensors_run_the_reference() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_do_not_depend_on_their_batch_or_on_threads(dtype: torch.dtype) -> None:
+    """V beyond one chunk, and rows for several threads."""
+    logits = (4 * torch.randn(90, 1500)).to(dtype)
+    temperature = torch.rand(90) + 0.5
+    found = token_statistics(logits, temperature=temperature, backend="cpp")
+    for rows in (slice(3, 4), slice(50, 90)):
+        part = token_statistics(logits[rows], temperature=temperature[rows], backend="cpp")
+        assert_same(part, TokenStatistics(*(statistic[rows] for statistic in found)))
+    with thread_count(3):
+        assert_same(token_statistics(logits, temperature=temperature, backend="cpp"), found)
+
+
+def test_cpu_tensors_run_the_cpp_kernel() -> None:
     logits = torch.randn(3, 4)
-    assert operators_run(lambda: token_statistics(logits)) == [OPERATOR]
+    assert operators_run(lambda: token_statistics(logits)) == [KERNEL]
+    assert operators_run(lambda: token_statistics(logits, backend="reference")) == [REFERENCE]
     explanation = explain(token_statistics, logits, mask=torch.ones(3, dtype=torch.bool))
-    assert explanation.backend == "reference"
+    assert explanation.backend == "cpp"
+    assert explanation.notes == ()
+    assert "stride 3" in explain(token_statistics, torch.randn(4, 3).t()).notes[0]
     assert explanation.bytes == 12 * 4 + 3 * 3 * 4
     assert explanation.exponentials == 12
 
@@ -297,7 +319,7 @@ def test_cuda_tensors_run_the_kernel_where_it_can(
             with pytest.raises(ValueError, match=r"backend='cuda' cannot run: .* float64"):
                 token_statistics(logits, temperature=temperature, backend="cuda")
     assert explanation.backend == ("cuda" if taken else "reference")
-    assert names == ["softdimo::token_statistics" if taken else OPERATOR]
+    assert names == [KERNEL if taken else REFERENCE]
     expected = torch.float32 if taken else torch.float64
     for statistic in found[0]:
         assert statistic.shape == (2, 3)
@@ -344,7 +366,7 @@ def test_on_a_device_it_agrees_with_the_cpu(dtype: torch.dtype) -> None:
         ({"mask": torch.ones(3)}, TypeError, "mask must have dtype bool"),
         ({"mask": torch.ones(4, dtype=torch.bool)}, ValueError, "mask must broadcast to the rows"),
         ({"backend": "fast"}, ValueError, "backend must be None or one of"),
-        ({"backend": "cpp"}, ValueError, "backend='cpp' cannot run: this operator has no C\\+\\+"),
+        ({"backend": "triton"}, ValueError, "backend='triton' cannot run: .* no Triton kernel"),
         ({"backend": "cuda"}, ValueError, "backend='cuda' cannot run: .* need CUDA tensors"),
     ],
 )

@@ -30,4 +30,12 @@ STABLE_TORCH_LIBRARY(softdimo, m) {
   m.def(
       "token_statistics(Tensor logits, float temperature, Tensor? row_temperature, Tensor? mask) "
       "-> (Tensor log_normalizer, Tensor entropy, Tensor max_prob)");
+
+  m.def(
+      "masked_attention(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? query_mask, float scale) "
+      "-> (Tensor output, Tensor row_max, Tensor row_sum)");
+  // wanted: gradients to query, key, value.
+  m.def(
+      "masked_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? key_mask, "
+      "Tensor? query_mask, float scale, Tensor row_max, Tensor row_sum, bool[] wanted) -> (Tensor, Tensor, Tensor)");
 }

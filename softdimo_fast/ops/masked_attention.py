@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from softdimo_fast.ops import _arguments as check
-from softdimo_fast.ops import _backends, _registration
+from softdimo_fast.ops import _backends, _library, _registration
 from softdimo_fast.ops._explain import Explanation, explains
 from softdimo_fast.ops.reference import attention as reference
+from softdimo_fast.ops.reference.common import compute_dtype
 
 NAME = "masked_attention"
 SDPA = "sdpa"
@@ -75,6 +76,9 @@ def masked_attention(
         dtype = torch.promote_types(dtype, call.value.dtype)
         q, k, v = call.query.to(dtype), call.key.to(dtype), call.value.to(dtype)
         return scaled_dot_product_attention(q, k, v, scale=call.scale).to(call.query.dtype)
+    if call.choice.backend == "cpp":
+        output, *_ = torch.ops.softdimo.masked_attention(*call[:-1])
+        return output  # type: ignore[no-any-return]
     return torch.ops.softdimo_reference.masked_attention(*call[:-1])  # type: ignore[no-any-return]
 
 
@@ -140,9 +144,70 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
 def _choose(query: Tensor, dense: bool, backend: str | None) -> _backends.Choice:
     if dense and backend is None and _backends.PREFERRED != "reference":
         return _backends.Choice(SDPA, "dense call (no masks): torch's fused attention")
-    return _backends.choose(NAME, backend, _backends.obstacles(query))
+    return _backends.choose(NAME, backend, _backends.obstacles(query, "cpp"))
 
 
+# --------------------------------------------------------------------------------------------------
+# torch: fake kernels, autograd, double backward
+
+
+@torch.library.register_fake("softdimo::masked_attention")
+def _fake(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, query_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, statistics = query.shape[:-1], compute_dtype(query, key, value)
+    output = query.new_empty((*rows, value.shape[-1]))
+    row_max, row_sum = (query.new_empty(rows, dtype=statistics) for _ in range(2))
+    return output, row_max, row_sum
+
+
+@torch.library.register_fake("softdimo::masked_attention_backward")
+def _fake_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None,
+    query_mask: Tensor | None, scale: float, row_max: Tensor, row_sum: Tensor, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dquery, dkey, dvalue = (
+        tensor.new_empty(tensor.shape if needed else 0)
+        for tensor, needed in zip((query, key, value), wanted, strict=True)
+    )
+    return dquery, dkey, dvalue
+
+
+# Where query, key and value stand in the forward operator's arguments.
+_DIFFERENTIABLE = (0, 1, 2)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, row_max, row_sum = output
+    ctx.mark_non_differentiable(row_max, row_sum)
+    _registration.save_inputs(ctx, (*inputs, row_max, row_sum), output)
+
+
+def _gradients(ctx: Any, grad: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    wanted = [bool(ctx.needs_input_grad[position]) for position in _DIFFERENTIABLE]
+    results = torch.ops.softdimo.masked_attention_backward(
+        grad, *_registration.restore_inputs(ctx), wanted
+    )
+    return _registration.place(results, _DIFFERENTIABLE, wanted, 6)
+
+
+def _composite_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None,
+    query_mask: Tensor | None, scale: float, row_max: Tensor, row_sum: Tensor, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The kernel's backward in plain torch: what its own derivative is taken of."""
+    return reference.masked_attention_backward(
+        grad, query, key, value, key_mask, query_mask, scale, wanted
+    )
+
+
+torch.library.register_autograd("softdimo::masked_attention", _gradients, setup_context=_save)
+_registration.register_double_backward("softdimo::masked_attention_backward", _composite_backward)
+for _operator in ("softdimo::masked_attention", "softdimo::masked_attention_backward"):
+    torch.library.register_vmap(_operator, _registration.vmap_refusal(NAME))
 _registration.reference_operator(
     NAME,
     reference.masked_attention,
@@ -154,22 +219,37 @@ _registration.reference_operator(
 @explains(masked_attention)
 def _explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Explanation:
     call = _prepare(query, key, value, **options)
-    dense = call.choice.backend == SDPA
+    backend = call.choice.backend
     weights = query.shape[:3].numel() * key.shape[2]
     output = query.shape[:3].numel() * value.shape[-1]
-    kernel = "torch.nn.functional.scaled_dot_product_attention" if dense else "plain torch"
-    if dense:
-        note = "torch's kernel: repeatable for equal shapes, not batch-invariant"
-    else:
-        note = "the [B, H, Lq, Lk] weights are written to memory, masked entries are computed too"
+    kernel = {
+        SDPA: "torch.nn.functional.scaled_dot_product_attention",
+        "cpp": f"softdimo::masked_attention, {_library.cpu_isa()}",
+    }.get(backend, "plain torch")
     return Explanation(
         operator=NAME,
-        backend=call.choice.backend,
+        backend=backend,
         kernel=kernel,
         reason=call.choice.reason,
-        notes=(note,),
+        notes=_notes(call),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in call[:3])
         + output * call.query.element_size(),
         flops=2 * weights * (query.shape[-1] + value.shape[-1]),
         exponentials=weights,
     )
+
+
+def _notes(call: _Call) -> tuple[str, ...]:
+    if call.choice.backend == SDPA:
+        return ("torch's kernel: repeatable for equal shapes, not batch-invariant",)
+    if call.choice.backend == "reference":
+        return (
+            "the [B, H, Lq, Lk] weights are written to memory, masked entries are computed too",
+        )
+    notes = ["masked keys and unwanted queries are skipped: the floor counts them all"]
+    for name, tensor in zip(("query", "key", "value"), call[:3], strict=True):
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            notes.append(
+                f"{name} has stride {tensor.stride(-1)} along d: one contiguous copy is made"
+            )
+    return tuple(notes)

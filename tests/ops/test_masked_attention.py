@@ -1,72 +1,23 @@
-"""masked_attention: accuracy, masks, special values, gradients, torch integration, dense dispatch."""
+"""masked_attention: accuracy, masks, special values, gradients, what a result may depend on."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.checks import (
-    assert_compiles_bitwise,
-    assert_exports,
-    assert_same_bits,
-    gradients,
-    operators_run,
-)
+from support.attention import BACKENDS, DTYPES, composed, dense_call, inputs, masked_call, masks
+from support.checks import assert_same_bits, gradients
 from support.contract import assert_contract
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
-from softdimo_fast.ops import _backends
-from softdimo_fast.ops._explain import explain
 from softdimo_fast.ops.masked_attention import masked_attention
 from softdimo_fast.ops.reference import attention as reference
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-OPERATOR = "softdimo_reference::masked_attention"
-Inputs = tuple[Tensor, Tensor, Tensor]
-
-
-def composed(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, query_mask: Tensor | None,
-    scale: float | None = None,
-) -> Tensor:  # fmt: skip
-    """What a user would write; a row without any key is made zero afterwards."""
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = query @ key.transpose(-1, -2) * scale
-    wanted = torch.ones(query.shape[0], 1, query.shape[2], 1, dtype=torch.bool)
-    if key_mask is not None:
-        some = key_mask.any(-1)[:, None, None, None]
-        scores = scores.masked_fill(~key_mask[:, None, None, :] & some, -torch.inf)
-        wanted = wanted & some
-    if query_mask is not None:
-        wanted = wanted & query_mask[:, None, :, None]
-    return torch.where(wanted, torch.softmax(scores, -1) @ value, 0)
-
-
-def inputs(
-    batch: int = 2, heads: int = 2, queries: int = 5, keys: int = 6, width: int = 4,
-    value_width: int = 3, dtype: torch.dtype = torch.float64, scale: float = 1.0,
-) -> Inputs:  # fmt: skip
-    return (
-        (scale * torch.randn(batch, heads, queries, width)).to(dtype),
-        torch.randn(batch, heads, keys, width).to(dtype),
-        torch.randn(batch, heads, keys, value_width).to(dtype),
-    )
-
-
-def masks(batch: int = 2, queries: int = 5, keys: int = 6) -> tuple[Tensor, Tensor]:
-    key_mask, query_mask = torch.rand(batch, keys) > 0.4, torch.rand(batch, queries) > 0.4
-    key_mask[:, 0] = True
-    query_mask[:, -1] = True
-    return key_mask, query_mask
-
 
 # --------------------------------------------------------------------------------------------------
 # Values and gradients
@@ -80,10 +31,11 @@ def masks(batch: int = 2, queries: int = 5, keys: int = 6) -> tuple[Tensor, Tens
     masked_keys=st.booleans(),
     masked_queries=st.booleans(),
     scale=st.sampled_from([None, 0.3]),
+    backend=st.sampled_from(BACKENDS),
 )
 def test_contract(
     lengths: tuple[int, int], widths: tuple[int, int], dtype: torch.dtype, sharpness: float,
-    masked_keys: bool, masked_queries: bool, scale: float | None,
+    masked_keys: bool, masked_queries: bool, scale: float | None, backend: str,
 ) -> None:  # fmt: skip
     """Values and gradients over at least 256 rows, to attention weights that are one-hot."""
     tensors = inputs(2, 2, *lengths, *widths, dtype, sharpness)
@@ -93,7 +45,7 @@ def test_contract(
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return masked_attention(
-            q, k, v, key_mask=options[0], query_mask=options[1], scale=scale, backend="reference"
+            q, k, v, key_mask=options[0], query_mask=options[1], scale=scale, backend=backend
         )
 
     value, grads = gradients(ours, tensors, upstream)
@@ -132,33 +84,23 @@ def test_explicit_backward_is_the_derivative_of_the_forward(masked: tuple[bool, 
         torch.testing.assert_close(first, second)
 
 
-def masked_call() -> Callable[..., Tensor]:
-    key_mask, query_mask = masks()
-    key_mask[1] = False
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return masked_attention(q, k, v, key_mask=key_mask, query_mask=query_mask, scale=0.7)
-
-    return call
-
-
-def dense_call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return masked_attention(q, k, v, backend="reference")
-
-
-@pytest.mark.parametrize("call", [masked_call(), dense_call], ids=["masked", "dense"])
-def test_gradcheck_and_gradgradcheck(call: Callable[..., Tensor]) -> None:
-    """One sample of the masked call has no key at all."""
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("make", [masked_call, dense_call])
+def test_gradcheck_and_gradgradcheck(
+    make: Callable[[str], Callable[..., Tensor]], backend: str
+) -> None:
+    call = make(backend)
     leaves = [tensor.requires_grad_() for tensor in inputs()]
     assert torch.autograd.gradcheck(call, leaves)
     assert torch.autograd.gradgradcheck(call, leaves)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "wanted", [w for w in itertools.product([False, True], repeat=3) if any(w)]
 )
-def test_frozen_inputs(wanted: tuple[bool, ...]) -> None:
-    call, tensors = masked_call(), inputs(dtype=torch.float32)
+def test_frozen_inputs(wanted: tuple[bool, ...], backend: str) -> None:
+    call, tensors = masked_call(backend), inputs(dtype=torch.float32)
     _, expected = gradients(call, tensors)
     leaves = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
     call(*leaves).sum().backward()
@@ -182,13 +124,14 @@ def test_backward_computes_only_what_is_wanted() -> None:
 # Masks and special values
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
-def test_what_takes_no_part_is_never_read(garbage: float) -> None:
+def test_what_takes_no_part_is_never_read(garbage: float, backend: str) -> None:
     tensors = inputs(dtype=torch.float32)
     key_mask, query_mask = masks()
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return masked_attention(q, k, v, key_mask=key_mask, query_mask=query_mask)
+        return masked_attention(q, k, v, key_mask=key_mask, query_mask=query_mask, backend=backend)
 
     shown = (query_mask, key_mask, key_mask)
     dirty = tuple(
@@ -206,30 +149,33 @@ def test_what_takes_no_part_is_never_read(garbage: float) -> None:
         assert not bool(grad.transpose(1, 2)[~mask].any())
 
 
-def test_masked_keys_equal_absent_keys() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_keys_equal_absent_keys(backend: str) -> None:
     q, k, v = inputs()
     mask = torch.tensor([True, False, True, True, False, True])
-    found = masked_attention(q, k, v, key_mask=mask)
+    found = masked_attention(q, k, v, key_mask=mask, backend=backend)
     expected = scaled_dot_product_attention(q, k[:, :, mask], v[:, :, mask])
     torch.testing.assert_close(found, expected)
 
 
-def test_unwanted_queries_are_zero_and_leave_the_others_alone() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unwanted_queries_are_zero_and_leave_the_others_alone(backend: str) -> None:
     q, k, v = inputs(dtype=torch.float32)
     query_mask = torch.tensor([[True, False, True, True, False], [False, True, True, True, True]])
-    found = masked_attention(q, k, v, query_mask=query_mask)
-    full = masked_attention(q, k, v, backend="reference")
+    found = masked_attention(q, k, v, query_mask=query_mask, backend=backend)
+    full = masked_attention(q, k, v, backend=backend)
     shown = query_mask[:, None, :, None]
     assert_same_bits(found, torch.where(shown, full, 0))
 
 
-def test_a_row_without_any_key_is_zero() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_without_any_key_is_zero(backend: str) -> None:
     tensors = inputs(dtype=torch.float32)
     key_mask = torch.ones(2, 6, dtype=torch.bool)
     key_mask[1] = False
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return masked_attention(q, k, v, key_mask=key_mask)
+        return masked_attention(q, k, v, key_mask=key_mask, backend=backend)
 
     value, grads = gradients(call, tensors)
     assert not bool(value[1].any())
@@ -239,12 +185,13 @@ def test_a_row_without_any_key_is_zero() -> None:
         assert bool(grad.isfinite().all())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_nan_that_takes_part_stays_in_its_rows(which: int) -> None:
+def test_nan_that_takes_part_stays_in_its_rows(which: int, backend: str) -> None:
     tensors = [tensor.clone() for tensor in inputs(dtype=torch.float32)]
-    clean = masked_attention(*tensors, backend="reference")
+    clean = masked_attention(*tensors, backend=backend)
     tensors[which][0, 1, 2, 0] = math.nan
-    found = masked_attention(*tensors, backend="reference")
+    found = masked_attention(*tensors, backend=backend)
     bad = torch.zeros_like(clean, dtype=torch.bool)
     if which == 0:
         bad[0, 1, 2] = True
@@ -256,25 +203,29 @@ def test_nan_that_takes_part_stays_in_its_rows(which: int) -> None:
     assert_same_bits(found[~bad], clean[~bad])
 
 
-def test_full_masks_change_no_bit_and_masks_broadcast() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_full_masks_change_no_bit_and_masks_broadcast(backend: str) -> None:
     q, k, v = inputs(dtype=torch.float32)
-    expected = masked_attention(q, k, v, backend="reference")
+    expected = masked_attention(q, k, v, backend=backend)
     all_keys, all_queries = torch.ones(2, 6) > 0, torch.ones(2, 5) > 0
-    assert_same_bits(masked_attention(q, k, v, key_mask=all_keys, query_mask=all_queries), expected)
+    assert_same_bits(
+        masked_attention(q, k, v, key_mask=all_keys, query_mask=all_queries, backend=backend),
+        expected,
+    )
     one = torch.tensor([True, True, False, True, True, False])
     assert_same_bits(
-        masked_attention(q, k, v, key_mask=one),
-        masked_attention(q, k, v, key_mask=one.expand(2, 6).clone()),
+        masked_attention(q, k, v, key_mask=one, backend=backend),
+        masked_attention(q, k, v, key_mask=one.expand(2, 6).clone(), backend=backend),
     )
     nothing = torch.zeros(1, dtype=torch.bool)
-    assert not bool(masked_attention(q, k * math.nan, v, key_mask=nothing).any())
-    assert not bool(masked_attention(q * math.nan, k, v, query_mask=nothing).any())
+    assert not bool(masked_attention(q, k * math.nan, v, key_mask=nothing, backend=backend).any())
+    assert not bool(masked_attention(q * math.nan, k, v, query_mask=nothing, backend=backend).any())
 
 
 @pytest.mark.parametrize(
     "sizes", [(0, 2, 5, 6), (2, 0, 5, 6), (2, 2, 0, 6), (2, 2, 5, 0), (1, 1, 1, 1)]
 )
-@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
 def test_small_shapes(sizes: tuple[int, int, int, int], backend: str | None) -> None:
     batch, heads, queries, keys = sizes
     tensors = inputs(*sizes, dtype=torch.float32)
@@ -287,17 +238,18 @@ def test_small_shapes(sizes: tuple[int, int, int, int], backend: str | None) -> 
         assert_same_bits(value, tensors[2].expand(value.shape))
 
 
-def test_strides_do_not_matter() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_do_not_matter(backend: str) -> None:
     q, k, v = inputs(dtype=torch.float32)
     key_mask, _ = masks()
-    expected = masked_attention(q, k, v, key_mask=key_mask)
+    expected = masked_attention(q, k, v, key_mask=key_mask, backend=backend)
     spread = [
         torch.full((2, x.shape[2], 2, 2 * x.shape[3]), math.nan).transpose(1, 2)[..., ::2]
         for x in (q, k, v)
     ]
     for view, tensor in zip(spread, (q, k, v), strict=True):
         view.copy_(tensor)
-    found = masked_attention(*spread, key_mask=key_mask)
+    found = masked_attention(*spread, key_mask=key_mask, backend=backend)
     torch.testing.assert_close(found, expected)
     assert found.is_contiguous()
 
@@ -306,7 +258,7 @@ def test_strides_do_not_matter() -> None:
     (torch.bfloat16, torch.float32, torch.float32), (torch.float32, torch.float64, torch.float16),
     (torch.bfloat16, torch.float16, torch.bfloat16),
 ])  # fmt: skip
-@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
 def test_mixed_dtypes(dtypes: tuple[torch.dtype, ...], backend: str | None) -> None:
     tensors = [x.to(dtype) for x, dtype in zip(inputs(), dtypes, strict=True)]
     value, grads = gradients(lambda *x: masked_attention(*x, backend=backend), tensors)
@@ -318,139 +270,114 @@ def test_mixed_dtypes(dtypes: tuple[torch.dtype, ...], backend: str | None) -> N
 
 
 # --------------------------------------------------------------------------------------------------
-# torch
+# What the C++ kernels' results may depend on
 
 
-@pytest.mark.parametrize(
-    ("masked", "requires_grad", "wanted"),
-    [(False, False, [False, True, False]), (True, True, [True, True, True])],
-)
-def test_opcheck(masked: bool, requires_grad: bool, wanted: list[bool]) -> None:
-    key_mask, query_mask = masks() if masked else (None, None)
-    tensors = tuple(tensor.float().requires_grad_(requires_grad) for tensor in inputs())
-    operators = torch.ops.softdimo_reference
-    torch.library.opcheck(operators.masked_attention.default, (*tensors, key_mask, query_mask, 0.5))
-    upstream = torch.randn(2, 2, 5, 3, requires_grad=requires_grad)
-    torch.library.opcheck(
-        operators.masked_attention_backward.default,
-        (upstream, *tensors, key_mask, query_mask, 0.5, wanted),
-    )
+def ragged_case(
+    lengths: tuple[int, int], dtype: torch.dtype, widths: tuple[int, int] = (24, 20)
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
+    """Inputs, upstream gradient and masks; as many keys as the sample wants, none in one sample."""
+    queries, keys = lengths
+    shares = torch.tensor([0.0, 0.1, 0.5, 1.0])[:, None]
+    tensors = inputs(4, 2, queries, keys, *widths, dtype)
+    upstream = torch.randn(4, 2, queries, widths[1]).to(dtype)
+    return tensors, upstream, torch.rand(4, keys) < shares, torch.rand(4, queries) < shares.flip(0)
 
 
-def test_compile_and_export_give_the_same_bits() -> None:
-    tensors = inputs(dtype=torch.float32)
-    assert_compiles_bitwise(masked_call(), *tensors)
-    assert_exports(masked_call(), *tensors)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
+    """A sample's values and gradients have the same bits alone, and in memory of another layout."""
+    tensors, upstream, key_mask, query_mask = ragged_case((130, 210), dtype)
 
-
-def test_autocast_casts_query_key_value() -> None:
-    tensors = inputs(dtype=torch.float32)
-    call = masked_call()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        value, grads = gradients(call, tensors)
-        dense = masked_attention(*tensors)
-        wide = call(*(tensor.double() for tensor in tensors))
-    halves = tuple(tensor.bfloat16() for tensor in tensors)
-    expected, half_grads = gradients(call, halves)
-    assert_same_bits(value, expected)
-    for grad, half_grad in zip(grads, half_grads, strict=True):
-        assert grad.dtype == torch.float32
-        assert_same_bits(grad, half_grad.float())
-    assert_same_bits(dense, scaled_dot_product_attention(*halves))
-    assert wide.dtype == torch.float64
-
-
-def test_gradients_of_an_expanded_upstream_and_twice() -> None:
-    call, tensors = masked_call(), inputs(dtype=torch.float32)
-    leaves = [tensor.requires_grad_() for tensor in tensors]
-    value = call(*leaves)
-    first = torch.autograd.grad(value.sum(), leaves, retain_graph=True)
-    second = torch.autograd.grad(value, leaves, torch.ones_like(value))
-    for a, b in zip(first, second, strict=True):
-        assert_same_bits(a, b)
-
-
-def test_fake_tensors() -> None:
-    with FakeTensorMode():
-        q, k = torch.empty(2, 3, 5, 4, dtype=torch.bfloat16), torch.empty(2, 3, 6, 4)
-        found = masked_attention(
-            q, k, torch.empty(2, 3, 6, 7), key_mask=torch.ones(6, dtype=torch.bool)
+    def run(pick: slice) -> tuple[Tensor, ...]:
+        value, grads = gradients(
+            lambda q, k, v: masked_attention(
+                q, k, v, key_mask=key_mask[pick], query_mask=query_mask[pick], backend="cpp"
+            ),
+            [tensor[pick] for tensor in tensors],
+            upstream[pick],
         )
-    assert found.shape == (2, 3, 5, 7)
-    assert found.dtype == torch.bfloat16
+        return value, *grads
+
+    together = run(slice(None))
+    for i in range(4):
+        for found, expected in zip(run(slice(i, i + 1)), together, strict=True):
+            assert_same_bits(found, expected[i : i + 1])
+    tensors = tuple(tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors)
+    for found, expected in zip(run(slice(None)), together, strict=True):
+        assert_same_bits(found, expected)
 
 
-def test_vmap_and_jvp_raise_clearly() -> None:
-    call, tensors = masked_call(), inputs(dtype=torch.float32)
-    with pytest.raises(RuntimeError, match=r"masked_attention does not support torch\.vmap"):
-        torch.func.vmap(call)(*(tensor[None] for tensor in tensors))
-    with pytest.raises(RuntimeError, match="query carries a forward-mode tangent"):
-        torch.func.jvp(call, tensors, tensors)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
+    (q, k, v), upstream, key_mask, _ = ragged_case((230, 40), dtype)
+
+    def run(pick: Tensor) -> tuple[Tensor, Tensor]:
+        value, grads = gradients(
+            lambda q: masked_attention(q, k, v, key_mask=key_mask, backend="cpp"),
+            [q[:, :, pick]],
+            upstream[:, :, pick],
+        )
+        return value, grads[0]
+
+    everything = run(torch.arange(230))
+    for pick in (torch.tensor([7]), torch.arange(90, 190), torch.randperm(230)):
+        for found, expected in zip(run(pick), everything, strict=True):
+            assert_same_bits(found, expected[:, :, pick])
 
 
-# --------------------------------------------------------------------------------------------------
-# Which kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_depends_on_the_number_of_threads(dtype: torch.dtype) -> None:
+    """Few heads and many threads: the queries of a head are split."""
+    tensors, upstream, key_mask, query_mask = ragged_case((500, 600), dtype)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        try:
+            results.append(
+                gradients(
+                    lambda q, k, v: masked_attention(
+                        q, k, v, key_mask=key_mask, query_mask=query_mask, backend="cpp"
+                    ),
+                    tensors,
+                    upstream,
+                )
+            )
+        finally:
+            torch.set_num_threads(before)
+    for value, grads in results[1:]:
+        assert_same_bits(value, results[0][0])
+        for mine, first in zip(grads, results[0][1], strict=True):
+            assert_same_bits(mine, first)
 
 
-def test_dense_calls_go_to_torch_and_masked_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = inputs(dtype=torch.float32)
-    assert operators_run(lambda: masked_attention(*tensors)) == []
-    assert_same_bits(masked_attention(*tensors), scaled_dot_product_attention(*tensors))
-    assert_same_bits(
-        masked_attention(*tensors, scale=0.3), scaled_dot_product_attention(*tensors, scale=0.3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sharpness", [1.0, 20.0])
+@pytest.mark.parametrize("lengths", [(1200, 1100), (130, 2600)])
+def test_long_sequences(lengths: tuple[int, int], sharpness: float, dtype: torch.dtype) -> None:
+    """More keys than one block of the forward, or of the backward, holds."""
+    tensors = inputs(1, 2, *lengths, 24, 20, dtype, sharpness)
+    key_mask, query_mask = masks(1, *lengths)
+    upstream = torch.randn(1, 2, lengths[0], 20).to(dtype)
+    value, grads = gradients(
+        lambda *x: masked_attention(*x, key_mask=key_mask, query_mask=query_mask, backend="cpp"),
+        tensors,
+        upstream,
     )
-    assert operators_run(lambda: masked_attention(*tensors, backend="reference")) == [OPERATOR]
-    assert operators_run(lambda: masked_call()(*tensors)) == [OPERATOR]
-    monkeypatch.setattr(_backends, "PREFERRED", "reference")
-    assert operators_run(lambda: masked_attention(*tensors)) == [OPERATOR]
+    yard, yard_grads = gradients(lambda *x: composed(*x, key_mask, query_mask), tensors, upstream)
+    truth, true_grads = gradients(
+        lambda *x: composed(*x, key_mask, query_mask), [t.double() for t in tensors], upstream
+    )
+    assert_contract(value, yard, truth)
+    for name, *found in zip(("query", "key", "value"), grads, yard_grads, true_grads, strict=True):
+        assert_contract(*found, what=name)
 
 
-def test_explain_names_the_kernel_and_the_floor() -> None:
-    tensors = inputs(dtype=torch.bfloat16)
-    dense = explain(masked_attention, *tensors)
-    assert dense.backend == "sdpa"
-    assert dense.kernel == "torch.nn.functional.scaled_dot_product_attention"
-    masked = explain(masked_attention, *tensors, key_mask=torch.ones(6, dtype=torch.bool))
-    assert masked.backend == "reference"
-    weights = 2 * 2 * 5 * 6
-    for explanation in (dense, masked):
-        assert explanation.flops == 2 * weights * (4 + 3)
-        assert explanation.exponentials == weights
-        assert explanation.bytes == 2 * 4 * (5 * 4 + 6 * 4 + 6 * 3 + 5 * 3)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"query": [1.0]}, TypeError, "query must be a torch.Tensor, got list"),
-        ({"key": torch.ones(2, 2, 6, 4).int()}, TypeError, "key must have dtype"),
-        ({"value": None}, TypeError, "value must be a torch.Tensor, got NoneType"),
-        ({"query": torch.ones(2, 5, 4)}, ValueError, r"query must have shape \[B, H, Lq, d\]"),
-        ({"query": torch.ones(2, 2, 5, 0)}, ValueError, "query must have .* d >= 1"),
-        ({"key": torch.ones(2, 2, 6, 5)}, ValueError, r"key must have shape .* \[2, 2, Lk, 4\]"),
-        ({"key": torch.ones(2, 1, 6, 4)}, ValueError, "key must have shape"),
-        ({"value": torch.ones(2, 2, 5, 3)}, ValueError, r"value must have .* \[2, 2, 6, d_v\]"),
-        ({"value": torch.ones(2, 2, 6, 0)}, ValueError, "value must have shape .* d_v >= 1"),
-        ({"key": torch.ones(2, 2, 6, 4, device="meta")}, ValueError, "key is on meta"),
-        ({"key_mask": torch.ones(2, 6)}, TypeError, "key_mask must have dtype bool"),
-        ({"key_mask": torch.ones(2, 5) > 0}, ValueError, r"key_mask must .*\[B, Lk\] = \[2, 6\]"),
-        ({"query_mask": [True]}, TypeError, "query_mask must be a bool tensor or None"),
-        ({"query_mask": torch.ones(6) > 0}, ValueError, "query_mask must broadcast to the rows"),
-        ({"scale": math.inf}, ValueError, "scale must be finite"),
-        ({"scale": "1"}, TypeError, "scale must be a float, got str"),
-        ({"backend": "sdpa"}, ValueError, "backend must be None or one of"),
-        ({"backend": "cpp"}, ValueError, r"backend='cpp' cannot run: this operator has no C\+\+"),
-        (
-            {"backend": "cuda"},
-            ValueError,
-            "backend='cuda' cannot run: this operator has no CUDA kernel",
-        ),
-    ],
-)
-def test_bad_arguments_are_named(
-    options: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    query, key, value = inputs(dtype=torch.float32)
-    tensors = {"query": query, "key": key, "value": value} | options
-    with pytest.raises(error, match="masked_attention: " + message):
-        masked_attention(**tensors)
+def test_scores_of_minus_infinity_are_no_weight() -> None:
+    """A block of keys whose scores are all -inf adds nothing; a row of nothing else is NaN."""
+    q, k, v = inputs(1, 1, 3, 1200, 1, 5, torch.float32)
+    q = q.abs() + 1
+    k[:, :, :600] = -math.inf
+    found = masked_attention(q, k, v, backend="cpp")
+    torch.testing.assert_close(found, scaled_dot_product_attention(q, k[:, :, 600:], v[:, :, 600:]))
+    assert bool(masked_attention(q, k[:, :, :600], v[:, :, :600], backend="cpp").isnan().all())

@@ -1,0 +1,90 @@
+// The products of attention, in the operands of one kind. What differs between kinds: how rows are read, how a block
+// of rows becomes an operand, and how weights are kept.
+//
+// A block of rows [count, width] can be either operand of a product, as it is or transposed ("across"):
+//   left [count, width], left_across [width, count]: read by rows;
+//   right [count, width], right_across [width, count]: read by panels of columns.
+#pragma once
+
+#include "attention_rows.h"
+#include "gemm.h"
+#include "transpose.h"
+
+namespace softdimo::cpu::SOFTDIMO_ISA {
+
+// Operands are of the compute type: the rows themselves, but for right_across.
+template <class T>
+struct Plain {
+  using Number = T;
+  using Entry = T;
+  using Left = Matrix<const T>;
+  struct Scope {
+    Scope() {}  // nothing to set up
+  };
+  struct Right {
+    const T* data;
+    int64_t panel;
+    int64_t row;
+  };
+  static constexpr bool kScalesQueries = true;  // the scale goes into the queries
+  static constexpr bool kCopiesWeights = false;
+
+  static int64_t row_stride(int64_t width) { return padded<T>(width) + kPad; }
+  static int64_t block_size(int64_t count, int64_t width) { return padded<T>(count) * row_stride(width); }
+  static int64_t across_size(int64_t count, int64_t width) { return padded<T>(count) * rounded_up(width, kLanes<T>); }
+
+  static int64_t right_size(int64_t, int64_t) { return 0; }
+  static int64_t weights_size(int64_t, int64_t) { return 0; }
+
+  SOFTDIMO_ALWAYS_INLINE static Vec<T> scaled(Vec<T> score, T) { return score; }
+
+  static void read(const Heads& tensor, int64_t first, int64_t width, T scale, T* out) {
+    widen(tensor.data, tensor.type, first, width, out);
+    for (int64_t i = 0; i < width && scale != T(1); ++i) out[i] *= scale;
+    for (int64_t i = width; i < padded<T>(width); ++i) out[i] = T(0);
+  }
+  static void finish(const Block<T>& block) {  // zeros, for right_across
+    for (int64_t i = block.count; i < padded<T>(block.count); ++i) {
+      for (int64_t j = 0; j < padded<T>(block.width); ++j) block.data[i * block.row + j] = T(0);
+    }
+  }
+
+  static Left left(const Block<T>& block) { return {block.data, block.row, 1}; }
+  static Left left_across(const Block<T>& block, T*) { return {block.data, 1, block.row}; }
+  static Right right(const Block<T>& block, T*) { return {block.data, panel_width<T>(block.width), block.row}; }
+  static Right right_across(const Block<T>& block, T* scratch) {
+    const int64_t columns = panel_width<T>(block.count), panel = columns * block.width;
+    for (int64_t i = 0; i < padded<T>(block.count); i += kLanes<T>) {
+      T* out = scratch + i / columns * panel + i % columns;
+      for (int64_t j = 0; j < block.width; j += kLanes<T>) {
+        transpose(block.data + i * block.row + j, block.row, out + j * columns, columns, block.width - j);
+      }
+    }
+    return {scratch, panel, columns};
+  }
+
+  // A matrix like the scores, [keys, queries], written by columns: where the scores were.
+  struct Weights {
+    T* data;
+    int64_t row;
+
+    // Keys j and j + 1 (which is not there unless `both`) of a vector of queries; returns what was kept.
+    template <bool kLeft, bool kRight>
+    SOFTDIMO_ALWAYS_INLINE Vec<T> put(int64_t j, int64_t query, Vec<T> even, Vec<T> odd, bool both) const {
+      store(data + j * row + query, even);
+      if (both) store(data + (j + 1) * row + query, odd);
+      return even + odd;
+    }
+    Left left() const { return {data, row, 1}; }
+    Right right(int64_t queries, int64_t /*keys*/) const { return {data, panel_width<T>(queries), row}; }
+  };
+
+  static Weights weights(T* scores, int64_t row, int64_t, int64_t, T*) { return {scores, row}; }
+
+  static void multiply(int64_t rows, int64_t columns, int64_t depth, Left left, Right right, T* c, int64_t c_row,
+                       bool add) {
+    gemm<T>(rows, padded<T>(columns), depth, left, right.data, right.panel, right.row, c, c_row, add);
+  }
+};
+
+}  // namespace softdimo::cpu::SOFTDIMO_ISA

@@ -1,0 +1,84 @@
+// Rows of [B, H, L, width] tensors: which take part, how they are read into scratch memory and written from it.
+#pragma once
+
+#include "softdimo/masked_attention.h"
+
+#include "gemm.h"
+#include "transpose.h"
+
+namespace softdimo::cpu::SOFTDIMO_ISA {
+
+SOFTDIMO_ALWAYS_INLINE int64_t rounded_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+
+// Rows in scratch memory.
+template <class Entry>
+struct Block {
+  Entry* data;
+  int64_t row;  // stride
+  int64_t count;
+  int64_t width;
+};
+
+// Even parts of `count` in steps of 32, none larger than `most`.
+struct Parts {
+  int64_t count, size;
+};
+inline Parts cut(int64_t count, int64_t most) {
+  const int64_t parts = count > 0 ? (count + most - 1) / most : 1;
+  return {parts, rounded_up((count + parts - 1) / parts, 32)};
+}
+
+// Collects the numbers in [begin, end) that take part.
+inline int64_t taking_part(const RowMask& mask, int64_t batch, int64_t begin, int64_t end, int64_t* found) {
+  const bool* row = mask.data == nullptr ? nullptr : mask.data + batch * mask.stride[0];
+  int64_t count = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    found[count] = i;
+    count += row == nullptr || row[i * mask.stride[1]] ? 1 : 0;
+  }
+  return count;
+}
+
+// Where a task is.
+struct Place {
+  int64_t batch, head, index;
+};
+inline Place place_of(const MaskedAttention& a, int64_t head) { return {head / a.heads, head % a.heads, head}; }
+
+template <class P>
+void read_block(const Heads& tensor, const Place& at, const int64_t* numbers, typename P::Number scale,
+                const Block<typename P::Entry>& block) {
+  for (int64_t i = 0; i < block.count; ++i) {
+    P::read(tensor, tensor.offset(at.batch, at.head, numbers[i]), block.width, scale, block.data + i * block.row);
+  }
+  P::finish(block);
+}
+
+// Writes rows of `width` from columns of `from` [width, queries], times a factor per query, to rows `numbers` of head
+// `head` of a contiguous tensor.
+template <class T>
+void write_columns(const T* from, int64_t from_row, int64_t width, const int64_t* numbers, int64_t count,
+                   const T* factor, T* lines, void* out, DType type, int64_t first_row) {
+  const int64_t wide = rounded_up(width, kLanes<T>);
+  for (int64_t m = 0; m < count; m += kLanes<T>) {
+    for (int64_t d = 0; d < wide; d += kLanes<T>) transpose(from + d * from_row + m, from_row, lines + d, wide, kLanes<T>);
+    for (int64_t i = 0; i < smaller(kLanes<T>, count - m); ++i) {
+      T* line = lines + i * wide;
+      for (int64_t d = 0; d < width; ++d) line[d] *= factor[m + i];
+      narrow(line, width, out, type, (first_row + numbers[m + i]) * width);
+    }
+  }
+}
+
+// Zeros in the rows of [begin, end) that are not among `numbers`.
+inline void clear_others(const int64_t* numbers, int64_t count, int64_t begin, int64_t end, int64_t row_bytes, char* out) {
+  for (int64_t i = begin, next = 0; i < end; ++i) {
+    if (next < count && numbers[next] == i) {
+      ++next;
+    } else {
+      std::memset(out + i * row_bytes, 0, static_cast<size_t>(row_bytes));
+    }
+  }
+}
+
+}  // namespace softdimo::cpu::SOFTDIMO_ISA

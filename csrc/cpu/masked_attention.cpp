@@ -1,0 +1,34 @@
+// masked_attention on CPUs, forward and backward; compiled once per instruction set.
+//
+//   forward   s = scale k q^T,  p = exp(s - max) / sum,  o^T = v^T p
+//   backward  dv = p g,  dp = v g^T,  ds = p (dp - sum_j p dp),  dk = scale ds q,  dq^T = scale k^T ds
+//
+// Scores are held as [keys, queries], so that each query has a lane of its own: maxima and sums need no step across
+// lanes, and keys and values are operands as they lie in memory. Keys that take part are gathered as they are read,
+// queries that are wanted likewise; the others are never read and cost nothing.
+//
+// With R wanted queries and K keys that take part, of width d (values: d_v), per batch item and head:
+//   forward   2 R K (d + d_v) FLOP, R K exponentials
+//   backward  R K (6 d + 4 d_v) FLOP, R K exponentials; beyond kBackwardKeys keys 2 R K (d + d_v) FLOP more
+//   floor     FLOP / multiply-add rate + exponentials / exp rate; the inputs are read once, far below it
+//
+// Forward, one task = a chunk of queries of one head. Keys pass in blocks of at most kForwardKeys with a running
+// maximum. Backward, one task = one head, so that every gradient has one owner and no sum depends on threads.
+//
+// Nearly one-hot rows stay exact: max and sum are saved apart; where a weight exceeds 1/2, its own dp is subtracted from
+// the others before they are summed, so that its ds is minus the sum of the others.
+
+#include "softdimo/masked_attention.h"
+
+#include "attention_backward.h"
+#include "attention_forward.h"
+
+namespace softdimo::cpu::SOFTDIMO_ISA {
+
+const MaskedAttentionTable& masked_attention_table() {
+  static constexpr MaskedAttentionTable table = {
+      {forward<Plain<float>>, backward<Plain<float>>}, {forward<Plain<double>>, backward<Plain<double>>}, {}};
+  return table;
+}
+
+}  // namespace softdimo::cpu::SOFTDIMO_ISA

@@ -1,0 +1,51 @@
+// Transposing blocks of vectors in registers.
+#pragma once
+
+#include "simd.h"
+
+namespace softdimo::cpu::SOFTDIMO_ISA {
+
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct FirstIndices : FirstIndices<N - 1, N - 1, I...> {};
+template <int... I>
+struct FirstIndices<0, I...> {
+  using type = Indices<I...>;
+};
+
+// The lower, or upper, halves of two vectors, lane by lane in turn.
+template <class T, int First, int... I>
+SOFTDIMO_ALWAYS_INLINE Vec<T> zip(Vec<T> a, Vec<T> b, Indices<I...>) {
+  return __builtin_shufflevector(a, b, (First + I / 2 + I % 2 * kLanes<T>)...);
+}
+
+// kLanes rows of `in`, one vector each, become columns: the first `count` rows of the result are written to `out`.
+// Zipping rows i and i + kLanes / 2 moves the first bit of the row's number to the end of the lane's number; after
+// log2(kLanes) rounds row and lane have changed places.
+template <class T>
+SOFTDIMO_ALWAYS_INLINE void transpose(const T* in, int64_t in_row, T* out, int64_t out_row, int64_t count) {
+  constexpr int kLane = kLanes<T>;
+  using All = typename FirstIndices<kLane>::type;
+  Vec<T> rows[kLane], next[kLane];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLane; ++i) rows[i] = load(in + i * in_row);
+#pragma GCC unroll 4
+  for (int bit = 1; bit < kLane; bit *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kLane / 2; ++i) {
+      next[2 * i] = zip<T, 0>(rows[i], rows[i + kLane / 2], All{});
+      next[2 * i + 1] = zip<T, kLane / 2>(rows[i], rows[i + kLane / 2], All{});
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLane; ++i) rows[i] = next[i];
+  }
+  if (count >= kLane) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLane; ++i) store(out + i * out_row, rows[i]);
+  } else {
+    for (int i = 0; i < count; ++i) store(out + i * out_row, rows[i]);
+  }
+}
+
+}  // namespace softdimo::cpu::SOFTDIMO_ISA

@@ -21,7 +21,7 @@ constexpr int kTileRows = 4;  // of 16, without fused multiply-add
 #endif
 
 constexpr int64_t kChain = 112;
-constexpr int64_t kPrefetchStep = 8;  // products between two prefetches
+constexpr int64_t kPrefetchStep = 32;  // products between two prefetches
 
 template <class T>
 struct Matrix {
@@ -38,20 +38,26 @@ __attribute__((noinline)) void tile(int64_t depth, Matrix<const T> a, const T* b
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 2
-    for (int n = 0; n < NV; ++n) sum[m][n] = Vec<T>{};
+    for (int n = 0; n < NV; ++n) {
+      sum[m][n] = Vec<T>{};
+      __builtin_prefetch(c + m * c_row + n * kLane, 1);
+    }
   }
-  for (int64_t k = 0; k < depth;) {
+  const int64_t step = prefetch != nullptr ? kPrefetchStep : depth;
+  for (int64_t k = 0; k < depth; k += step) {
     if (prefetch != nullptr) prefetch->step();
-    for (const int64_t end = smaller(depth, k + kPrefetchStep); k < end; ++k) {
+    for (int64_t count = smaller(depth - k, step); count > 0; --count) {
       Vec<T> right[NV];
 #pragma GCC unroll 2
-      for (int n = 0; n < NV; ++n) right[n] = load(b + k * b_row + n * kLane);
+      for (int n = 0; n < NV; ++n) right[n] = load(b + n * kLane);
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
-        const T left = a.data[m * a.row + k * a.col];
+        const T value = a.data[m * a.row];
 #pragma GCC unroll 2
-        for (int n = 0; n < NV; ++n) sum[m][n] += right[n] * left;
+        for (int n = 0; n < NV; ++n) sum[m][n] += right[n] * value;
       }
+      a.data += a.col;
+      b += b_row;
     }
   }
 #pragma GCC unroll 16

@@ -50,7 +50,7 @@ SOFTDIMO_ALWAYS_INLINE void configure_tiles(int64_t rows) {
 inline ProductScope::ProductScope() { configure_tiles(2 * 16); }
 inline ProductScope::~ProductScope() { _tile_release(); }
 
-// A block of MT x NT tiles of C: sums over all of K without leaving the tile registers.
+// A block of MT x NT tiles of C: sums over `steps` steps of K in the tile registers.
 template <int MT, int NT>
 __attribute__((noinline)) void tile_block(int64_t steps, const Bfloat16* a, int64_t a_row, const Bfloat16* b, float* c,
                                           int64_t c_row, bool add, Prefetch* prefetch) {
@@ -72,18 +72,14 @@ __attribute__((noinline)) void tile_block(int64_t steps, const Bfloat16* a, int6
   for (int64_t k = 0; k < steps; ++k) {
     if (prefetch != nullptr) prefetch->step();
     const Bfloat16* right = b + k * kDepthStep * kPanel;
-    _tile_loadd(6, right, b_bytes);
     _tile_loadd(4, a + k * kDepthStep, a_bytes);
+    _tile_loadd(6, right, b_bytes);
+    if constexpr (MT == 2) _tile_loadd(5, a_low + k * kDepthStep, a_bytes);
+    if constexpr (NT == 2) _tile_loadd(7, right + 32, b_bytes);
     _tile_dpbf16ps(0, 4, 6);
-    if constexpr (NT == 2) {
-      _tile_loadd(7, right + 32, b_bytes);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (MT == 2) {
-      _tile_loadd(5, a_low + k * kDepthStep, a_bytes);
-      _tile_dpbf16ps(2, 5, 6);
-      if constexpr (NT == 2) _tile_dpbf16ps(3, 5, 7);
-    }
+    if constexpr (MT == 2) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (NT == 2) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (MT == 2 && NT == 2) _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, c, c_bytes);
   if constexpr (NT == 2) _tile_stored(1, c + 16, c_bytes);
@@ -92,18 +88,26 @@ __attribute__((noinline)) void tile_block(int64_t steps, const Bfloat16* a, int6
   asm volatile("" ::: "memory");
 }
 
-// All columns of blocks of `height` rows, at most 32, which the tiles are configured for.
+// All columns of blocks of `height` rows, at most 32, which the tiles are configured for. K is split evenly into chunks
+// of about kResidentSteps, so that a chunk of a panel of B stays in the first-level cache; C is exact in between.
+constexpr int64_t kResidentSteps = 8;
+
 SOFTDIMO_ALWAYS_INLINE void row_blocks(int64_t rows, int64_t height, int64_t columns, int64_t steps, const Bfloat16* a,
                                        int64_t a_row, const Bfloat16* b, int64_t b_panel, float* c, int64_t c_row,
                                        bool add, Prefetch* prefetch) {
-  for (int64_t n = 0; n < columns; n += kPanel) {
-    const bool wide = columns - n > 16;
-    const auto both = wide ? tile_block<2, 2> : tile_block<2, 1>, upper = wide ? tile_block<1, 2> : tile_block<1, 1>;
-    const auto block = height > 16 ? both : upper;
-    const Bfloat16* right = b + n / kPanel * b_panel;
-    for (int64_t m = 0; m < rows; m += height) {
-      block(steps, a + m * a_row, a_row, right, c + m * c_row + n, c_row, add, prefetch);
+  const int64_t chunks = steps < kResidentSteps ? 1 : (steps + kResidentSteps / 2) / kResidentSteps;
+  for (int64_t chunk = 0, k = 0; chunk < chunks; ++chunk) {
+    const int64_t count = (steps - k) / (chunks - chunk);
+    for (int64_t n = 0; n < columns; n += kPanel) {
+      const bool wide = columns - n > 16;
+      const auto both = wide ? tile_block<2, 2> : tile_block<2, 1>, upper = wide ? tile_block<1, 2> : tile_block<1, 1>;
+      const auto block = height > 16 ? both : upper;
+      const Bfloat16* right = b + n / kPanel * b_panel + k * kDepthStep * kPanel;
+      for (int64_t m = 0; m < rows; m += height) {
+        block(count, a + m * a_row + k * kDepthStep, a_row, right, c + m * c_row + n, c_row, add || k > 0, prefetch);
+      }
     }
+    k += count;
   }
 }
 

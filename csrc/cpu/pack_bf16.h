@@ -86,15 +86,37 @@ SOFTDIMO_ALWAYS_INLINE void store_right(Vec<float> even, Vec<float> odd, Bfloat1
   _mm512_storeu_si512(out, interleaved(even, odd));
 }
 
-// Entries [j, j + n) of row i, then zeros up to kDepthStep.
-SOFTDIMO_ALWAYS_INLINE void read_entries(const Table& t, int64_t i, int64_t j, int64_t n, float* out) {
-  const int64_t first = t.first + i * t.row + j * t.col;
-  if (t.col == 1) {
-    widen(t.data, t.dtype, first, n, out);
-  } else {
-    for (int64_t k = 0; k < n; ++k) widen(t.data, t.dtype, first + k * t.col, 1, out + k);
+SOFTDIMO_ALWAYS_INLINE uint32_t first_lanes(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1; }
+
+// `count` consecutive elements from `first` of a tensor, at most 16, then zeros.
+SOFTDIMO_ALWAYS_INLINE __m512 read_some(const void* data, DType dtype, int64_t first, int64_t count) {
+  const __mmask16 some = static_cast<__mmask16>(first_lanes(count));
+  switch (dtype) {
+    case DType::float64: {
+      const double* p = static_cast<const double*>(data) + first;
+      const __m256 low = _mm512_cvtpd_ps(_mm512_maskz_loadu_pd(static_cast<__mmask8>(some), p));
+      const __m256 high = _mm512_cvtpd_ps(_mm512_maskz_loadu_pd(static_cast<__mmask8>(some >> 8), p + 8));
+      return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+    }
+    case DType::float32:
+      return _mm512_maskz_loadu_ps(some, static_cast<const float*>(data) + first);
+    case DType::bfloat16: {
+      const __m256i half = _mm256_maskz_loadu_epi16(some, static_cast<const uint16_t*>(data) + first);
+      return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+    }
+    default:
+      return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, static_cast<const uint16_t*>(data) + first));
   }
-  for (int64_t k = n; k < kDepthStep; ++k) out[k] = 0.0f;
+}
+
+// Entries [j, j + count) of row i, at most 16, then zeros; count <= 0: zeros.
+SOFTDIMO_ALWAYS_INLINE __m512 read_entries(const Table& t, int64_t i, int64_t j, int64_t count) {
+  const int64_t first = t.first + i * t.row + j * t.col;
+  if (count <= 0) return __m512{};
+  if (t.col == 1) return read_some(t.data, t.dtype, first, smaller(count, 16));
+  alignas(64) float wide[16] = {};
+  for (int64_t k = 0; k < count && k < 16; ++k) widen(t.data, t.dtype, first + k * t.col, 1, wide + k);
+  return _mm512_load_ps(wide);
 }
 
 // 16 x 16 lanes of 32 bits: row i becomes column i.
@@ -128,27 +150,26 @@ SOFTDIMO_ALWAYS_INLINE void transpose(__m512i* r) {
   }
 }
 
-// 16 rows i.. of a table, entries [j, j + 32), as pairs: lane p of row r holds entries j + 2p and j + 2p + 1 of row
-// i + r. Zeros beyond the table.
+// 16 rows from row i of a table, entries [j, j + 32), as pairs: lane p of r[m] holds entries j + 2p and j + 2p + 1 of
+// row i + m. Zeros beyond the table.
 SOFTDIMO_ALWAYS_INLINE void read_pairs(const Table& t, int64_t i, int64_t rows, int64_t j, int64_t columns,
                                        __m512i* r) {
-  float wide[kDepthStep];
-  for (int64_t row = 0; row < 16; ++row) {
-    read_entries(t, i + row, j, i + row < rows ? smaller(kDepthStep, columns - j) : 0, wide);
-    r[row] = (__m512i)_mm512_cvtne2ps_pbh((__m512)load(wide + 16), (__m512)load(wide));
+  for (int64_t m = 0; m < 16; ++m) {
+    const int64_t count = i + m < rows ? columns - j : 0;
+    const __m512 first = read_entries(t, i + m, j, count), second = read_entries(t, i + m, j + 16, count - 16);
+    r[m] = (__m512i)_mm512_cvtne2ps_pbh(second, first);
   }
 }
 
-// The same 32 x 16 entries of a table whose columns are contiguous: t's entry (k, c) for c in [i, i + 16).
-SOFTDIMO_ALWAYS_INLINE void read_pairs_across(const Table& t, int64_t i, int64_t columns, int64_t j, int64_t depth,
+// 16 columns from column i of a table, rows [j, j + 32), as pairs: lane c of r[p] holds rows j + 2p and j + 2p + 1 of
+// column i + c. Zeros beyond the table.
+SOFTDIMO_ALWAYS_INLINE void read_pairs_across(const Table& t, int64_t i, int64_t columns, int64_t j, int64_t rows,
                                               __m512i* r) {
-  float even[kDepthStep], odd[kDepthStep];
-  const int64_t count = i < columns ? smaller(16, columns - i) : 0;
-  for (int64_t pair = 0; pair < 16; ++pair) {
-    const int64_t k = j + 2 * pair;
-    read_entries(t, k, i, k < depth ? count : 0, even);
-    read_entries(t, k + 1, i, k + 1 < depth ? count : 0, odd);
-    r[pair] = interleaved(load(even), load(odd));
+  for (int64_t p = 0; p < 16; ++p) {
+    const int64_t k = j + 2 * p;
+    const __m512 even = read_entries(t, k, i, k < rows ? columns - i : 0);
+    const __m512 odd = read_entries(t, k + 1, i, k + 1 < rows ? columns - i : 0);
+    r[p] = interleaved((Vec<float>)even, (Vec<float>)odd);
   }
 }
 
@@ -183,7 +204,7 @@ inline void pack_right_pair(const float* even, const float* odd, int64_t columns
     }
     for (int64_t i = 0; i < kPanel; i += 16) {
       const int64_t count = columns - n - i;
-      const __mmask16 some = count >= 16 ? 0xffff : count > 0 ? static_cast<__mmask16>((1u << count) - 1) : 0;
+      const __mmask16 some = static_cast<__mmask16>(count > 0 ? first_lanes(count) : 0);
       const __m512 first = _mm512_maskz_loadu_ps(some, even + n + i);
       const __m512 second = _mm512_maskz_loadu_ps(odd != nullptr ? some : 0, odd + n + i);
       store_right((Vec<float>)first, (Vec<float>)second, out + 2 * i);
@@ -218,8 +239,7 @@ inline void pack_left(const Table& t, int64_t rows, int64_t depth, Bfloat16* a, 
 inline float pack_left_row(const float* row, int64_t depth, Bfloat16* a) {
   Vec<float> sum{};
   for (int64_t k = 0; k < depth; k += kDepthStep) {
-    const int64_t count = depth - k;
-    const __mmask32 some = count >= kDepthStep ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
+    const __mmask32 some = first_lanes(depth - k);
     const Vec<float> first = (Vec<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(some), row + k);
     const Vec<float> second = (Vec<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>(some >> 16), row + k + 16);
     store_left(first, second, a + k);

@@ -40,7 +40,7 @@ __attribute__((noinline)) void tile(int64_t depth, Matrix<const T> a, const T* b
 #pragma GCC unroll 2
     for (int n = 0; n < NV; ++n) {
       sum[m][n] = Vec<T>{};
-      __builtin_prefetch(c + m * c_row + n * kLane, 1);
+      __builtin_prefetch(c + m * c_row + n * kLane, 1);  // needed at the end
     }
   }
   const int64_t step = prefetch != nullptr ? kPrefetchStep : depth;

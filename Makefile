@@ -3,7 +3,7 @@
 # make test       the CPU test suite with its coverage bound (builds what has changed first)
 # make lint       ruff and mypy
 # make verify     the demo from nothing, and the kernels again: sanitizers, every older instruction set
-# make bench      our kernels beside what they replace, timed (pytest-benchmark)
+# make bench      every operator beside what it replaces, timed: report.html in runs/bench; resumes where it was stopped
 # make clean      removes what was built, but not .venv
 #
 # Settings, given as `make test NAME=value`:
@@ -14,6 +14,7 @@
 #   JOBS    processes for compiling and testing (all cores)
 #   PYTEST_ARGS  further arguments for pytest
 #   DEMO    the demo's folder (runs/demo); DEMO_ARGS are further arguments of `softdimo demo`
+#   BENCH   the benchmark's folder (runs/bench); BENCH_ARGS are further arguments of `softdimo bench`
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,6 +24,8 @@ JOBS ?= $(shell nproc)
 PYTEST_ARGS ?=
 DEMO ?= runs/demo
 DEMO_ARGS ?=
+BENCH ?= runs/bench
+BENCH_ARGS ?=
 
 export MAX_JOBS := $(JOBS)
 
@@ -79,10 +82,9 @@ test: $(BUILT)
 demo: $(BUILT)
 	$(PY) softdimo_command.py demo --out $(DEMO) $(if $(wildcard $(DEMO)/demo.json $(DEMO)/seed_*/demo.json),--resume) $(DEMO_ARGS)
 
-# One process on all cores: the operators' own threads are part of what is measured.
+# `softdimo bench` with the machine to itself. The same cases as pytest benchmarks: `pytest benchmarks`.
 bench: $(BUILT)
-	$(PY) -m pytest -q --benchmark-only --benchmark-group-by=group --benchmark-columns=median,iqr,rounds \
-	  $(PYTEST_ARGS) benchmarks
+	$(PY) softdimo_command.py bench --out $(BENCH) $(if $(wildcard $(BENCH)/settings.json),--resume) $(BENCH_ARGS)
 
 lint: $(BUILT)
 	$(PY) -m ruff check .

@@ -21,7 +21,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Here and not above: `import softdimo_fast.cli` must work where only the doctor can run.
     import tyro
 
-    from softdimo_fast.cli import config, demo, doctor, export, pretokenize, sample, train, tteo
+    from softdimo_fast.cli import (
+        bench,
+        config,
+        demo,
+        doctor,
+        export,
+        pretokenize,
+        sample,
+        train,
+        tteo,
+    )
 
     commands: dict[str, Any] = {
         "demo": demo.run,
@@ -31,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "config": config.run,
         "export": export.run,
         "pretokenize": pretokenize.run,
+        "bench": bench.run,
         "doctor": doctor.run,
     }
     try:

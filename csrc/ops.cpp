@@ -27,6 +27,10 @@ STABLE_TORCH_LIBRARY(softdimo, m) {
   m.def(
       "masked_cross_entropy_backward(Tensor grad, Tensor logits, Tensor targets, Tensor? mask, "
       "float label_smoothing, str reduction, Tensor row_max, Tensor row_rest) -> Tensor");
+  // log_prob: empty unless asked for.
+  m.def(
+      "sample_tokens(Tensor logits, float temperature, Tensor? row_temperature, int? top_k, float? top_p, Tensor seed, "
+      "Tensor? row_ids, bool log_prob) -> (Tensor tokens, Tensor log_prob)");
   m.def(
       "token_statistics(Tensor logits, float temperature, Tensor? row_temperature, Tensor? mask) "
       "-> (Tensor log_normalizer, Tensor entropy, Tensor max_prob)");

@@ -7,10 +7,6 @@
 #include "simd.h"
 #include "softdimo/philox.h"
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 namespace softdimo::cpu::SOFTDIMO_ISA {
 
 typedef uint64_t WideVec __attribute__((vector_size(SOFTDIMO_SIMD_BYTES)));
@@ -100,10 +96,13 @@ SOFTDIMO_ALWAYS_INLINE WordVecs philox_words(const RoundKeys& keys, uint64_t row
   return {(UintVec)even_lanes(low, high), (UintVec)odd_lanes(low, high)};
 }
 
-// open_uniform of every lane.
-SOFTDIMO_ALWAYS_INLINE Vec<float> open_uniform(UintVec words) {
-  const Vec<float> u = (__builtin_convertvector(words, Vec<float>) + 0.5f) * 2.3283064365386963e-10f;  // 2^-32
-  return u < 0.99999994f ? u : splat(0.99999994f);                                                      // 1 - 2^-24
+// open_uniform in two steps, of every lane: the word as a float, then the scale.
+SOFTDIMO_ALWAYS_INLINE Vec<float> float_word(UintVec words) {
+  return __builtin_convertvector(words, Vec<float>) + 0.5f;
+}
+SOFTDIMO_ALWAYS_INLINE Vec<float> scaled_uniform(Vec<float> word) {
+  const Vec<float> u = word * 2.3283064365386963e-10f;  // 2^-32
+  return u < 0.99999994f ? u : splat(0.99999994f);      // 1 - 2^-24
 }
 
 // Uniforms of entries [first, first + count) of a row, on (0, 1). first is a multiple of 4; u has room for count
@@ -113,8 +112,8 @@ SOFTDIMO_ALWAYS_INLINE void fill_uniform(uint64_t key, uint64_t row, uint32_t of
   const RoundKeys keys = round_keys(key);
   for (int64_t v = 0; v < count; v += kUniformStep) {
     const WordVecs words = philox_words(keys, row, static_cast<uint32_t>((first + v) / 4), offset);
-    store(u + v, open_uniform(words.first));
-    store(u + v + kLanes<float>, open_uniform(words.second));
+    store(u + v, scaled_uniform(float_word(words.first)));
+    store(u + v + kLanes<float>, scaled_uniform(float_word(words.second)));
   }
 }
 SOFTDIMO_ALWAYS_INLINE void fill_uniform(uint64_t key, uint64_t row, uint32_t offset, int64_t first, int64_t count,

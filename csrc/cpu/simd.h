@@ -9,6 +9,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "softdimo/dtype.h"
 
 namespace softdimo::cpu::SOFTDIMO_ISA {
@@ -250,6 +254,21 @@ SOFTDIMO_ALWAYS_INLINE void narrow(const T* in, int64_t n, void* target, DType d
       break;
     }
   }
+}
+
+// Bit i is set where lane i of a comparison holds.
+SOFTDIMO_ALWAYS_INLINE uint32_t lane_bits(IntVec mask) {
+#if SOFTDIMO_SIMD_BYTES == 64 && defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif SOFTDIMO_SIMD_BYTES == 32 && defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+#elif SOFTDIMO_SIMD_BYTES == 16 && defined(__SSE2__)
+  return static_cast<uint32_t>(_mm_movemask_ps((__m128)mask));
+#else
+  uint32_t lanes = 0;
+  for (int i = 0; i < kLanes<float>; ++i) lanes |= mask[i] != 0 ? 1u << i : 0u;
+  return lanes;
+#endif
 }
 
 }  // namespace softdimo::cpu::SOFTDIMO_ISA

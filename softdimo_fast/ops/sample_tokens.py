@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softdimo_fast.ops import _arguments as check
-from softdimo_fast.ops import _backends, _random, _registration
+from softdimo_fast.ops import _backends, _library, _random, _registration
 from softdimo_fast.ops._explain import Explanation, explains
 from softdimo_fast.ops.reference import sample_tokens as reference
 from softdimo_fast.ops.reference.common import compute_dtype
@@ -97,7 +97,8 @@ def sample_tokens(
         logits, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, row_ids=row_ids,
         generator=generator, return_log_prob=return_log_prob, backend=backend,
     )  # fmt: skip
-    tokens, log_prob = torch.ops.softdimo_reference.sample_tokens(*call[:-1])
+    namespace = torch.ops.softdimo if call.choice.backend == "cpp" else torch.ops.softdimo_reference
+    tokens, log_prob = namespace.sample_tokens(*call[:-1])
     return (tokens, log_prob) if call.log_prob else tokens
 
 
@@ -127,29 +128,49 @@ def _prepare(
         logits.detach(), scalar, row_temperature, top_k, None if top_p is None else float(top_p),
         _random.seed_pair(NAME, seed, generator, device),
         _random.row_numbers(NAME, row_ids, rows, device), bool(return_log_prob),
-        _backends.choose(NAME, backend, _backends.obstacles(logits)),
+        _backends.choose(NAME, backend, _backends.obstacles(logits, "cpp")),
     )  # fmt: skip
 
 
+@torch.library.register_fake("softdimo::sample_tokens")
+def _fake(
+    logits: Tensor, temperature: float, row_temperature: Tensor | None, top_k: int | None,
+    top_p: float | None, seed: Tensor, row_ids: Tensor | None, log_prob: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows = logits.shape[:-1]
+    dtype = compute_dtype(logits, row_temperature)
+    tokens = logits.new_empty(rows, dtype=torch.int64)
+    return tokens, logits.new_empty(rows if log_prob else (0,), dtype=dtype)
+
+
+torch.library.register_vmap("softdimo::sample_tokens", _registration.vmap_refusal(NAME))
 _registration.reference_operator(NAME, reference.sample_tokens)
 
 
 @explains(sample_tokens)
 def _explain(logits: Tensor, **options: Any) -> Explanation:
     call = _prepare(logits, **_random.without_draw(options))
-    rows = logits.numel() // logits.shape[-1]
-    item = logits.element_size()
-    found = 8 + (max(item, 4) if call.log_prob else 0)
+    rows, item = logits.numel() // logits.shape[-1], logits.element_size()
+    cpp = call.choice.backend == "cpp"
+    truncates = call.top_k is not None or (call.top_p is not None and call.top_p < 1)
+    notes = []
+    if cpp and logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        notes.append(f"logits have stride {logits.stride(-1)} along V: one contiguous copy is made")
+    if cpp and truncates:
+        notes.append(
+            "truncation is exact and sorts nothing: a few sweeps over the row in the cache"
+        )
+    if not cpp:
+        notes.append("the noise and the probabilities are written to memory ([N, V])")
+        notes.append("exponentials counts the two logarithms of the noise of every entry")
+    each = int(call.log_prob) + int(call.top_p is not None and call.top_p < 1) * int(cpp)
     return Explanation(
         operator=NAME,
         backend=call.choice.backend,
-        kernel="plain torch",
+        kernel=f"softdimo::sample_tokens, {_library.cpu_isa()}" if cpp else "plain torch",
         reason=call.choice.reason,
-        notes=(
-            "the noise and the probabilities are written to memory ([N, V])",
-            "exponentials counts the two logarithms of the noise of every entry",
-        ),
-        bytes=logits.numel() * item + rows * found,
+        notes=tuple(notes),
+        bytes=logits.numel() * item + rows * (8 + (max(item, 4) if call.log_prob else 0)),
         flops=2 * logits.numel(),
-        exponentials=logits.numel() * (3 if call.log_prob else 2),
+        exponentials=logits.numel() * (each if cpp else int(call.log_prob) + 2),
     )

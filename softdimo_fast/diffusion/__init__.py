@@ -14,7 +14,15 @@ from softdimo_fast.diffusion.guidance import (
     guided_logits,
 )
 from softdimo_fast.diffusion.initial import initial_embeddings, initial_tokens, perturb
-from softdimo_fast.diffusion.masking import MASK_SCHEDULES, mask_ratio, masked_count, random_mask
+from softdimo_fast.diffusion.masking import (
+    MASK_SCHEDULES,
+    MaskedRows,
+    draw_mask,
+    draw_masked_count,
+    mask_ratio,
+    masked_count,
+    random_mask,
+)
 from softdimo_fast.diffusion.published_samplers import (
     MASKBIT_SAMPLERS,
     MaskBitSamplerConfig,
@@ -45,12 +53,15 @@ __all__ = [
     "MaskBitSamplerConfig",
     "MaskGenSamplerConfig",
     "MaskGitSamplerConfig",
+    "MaskedRows",
     "MeissonicSamplerConfig",
     "OneStepConfig",
     "SamplerConfig",
     "branch_logits",
     "confidence_sample",
     "decode_logits",
+    "draw_mask",
+    "draw_masked_count",
     "draw_tokens",
     "guidance_from_weight",
     "guided_logits",

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from softdimo_fast.diffusion.draws import Draws
-from softdimo_fast.diffusion.guidance import guided_logits
+from softdimo_fast.diffusion.guidance import Head, guided_logits
+from softdimo_fast.diffusion.masking import MaskedRows
 from softdimo_fast.models.conditions import Condition
 from softdimo_fast.models.protocol import MaskedDiffusionModel
 from softdimo_fast.ops import sample_tokens
@@ -91,21 +92,21 @@ class InjectedNoise:
     tokens: Tensor | None = None
     order: Tensor | None = None
 
-    def draw(self, step: DecodingStep, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Token and log-probability of every row."""
+    def draw(self, step: DecodingStep, logits: Tensor, masked: MaskedRows) -> tuple[Tensor, Tensor]:
+        """Token and log-probability of every row of the logits ``[R, V]``, or ``[R, G, V]``."""
         scaled = logits.float() if logits.dtype.itemsize < 4 else logits
         # The logarithm of the probabilities, as the published samplers take it: where one is 1 to rounding,
         # its logarithm is 0.
         log_prob = (scaled / step.temperature).softmax(-1).log()
         keys = log_prob
         if self.tokens is not None:
-            noise = self.tokens[step.number]
-            if noise.shape != log_prob.shape:
+            expected = (*masked.mask.shape, logits.shape[-1])
+            if self.tokens.shape[1:] != expected:
                 raise ValueError(
-                    f"InjectedNoise: tokens must have shape [S, {', '.join(map(str, logits.shape))}], "
+                    f"InjectedNoise: tokens must have shape [S, {', '.join(map(str, expected))}], "
                     f"got {list(self.tokens.shape)}"
                 )
-            keys = log_prob + step.draw_heat * noise
+            keys = log_prob + step.draw_heat * masked.of(self.tokens[step.number])
         drawn = keys.argmax(-1)
         return drawn, log_prob.gather(-1, drawn[..., None])[..., 0]
 
@@ -127,15 +128,15 @@ class _DrawnNoise:
 
     draws: Draws
 
-    def draw(self, step: DecodingStep, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, step: DecodingStep, logits: Tensor, masked: MaskedRows) -> tuple[Tensor, Tensor]:
         if step.draw_heat == 0:
-            return InjectedNoise().draw(step, logits)
-        rows = logits.shape[:-1]
+            return InjectedNoise().draw(step, logits, masked)
+        shape = masked.mask.shape
         drawn, log_prob = sample_tokens(
             logits,
             temperature=step.temperature * step.draw_heat,
             seed=self.draws.key(f"confidence/tokens/{step.number}"),
-            row_ids=self.draws.row_ids(math.prod(rows[1:])).view(rows),
+            row_ids=masked.of(self.draws.row_ids(math.prod(shape[1:])).view(shape)),
             return_log_prob=True,
         )
         if step.draw_heat != 1:
@@ -148,23 +149,16 @@ class _DrawnNoise:
         return -torch.log(-torch.log(u))
 
 
-def _logits_function(
-    model: MaskedDiffusionModel, plan: DecodingPlan
-) -> Callable[[Tensor, Condition], Tensor]:
+def _head(model: MaskedDiffusionModel, plan: DecodingPlan) -> Head:
     if not plan.mask_column:
-        return model.logits
-    head = getattr(model, "head_with_mask", None)
+        return model.head
+    head: Head | None = getattr(model, "head_with_mask", None)
     if head is None:
         raise ValueError(
             f"confidence_sample: mask_column needs a model with a [MASK] column (head_with_mask), "
             f"{type(model).__name__} has none"
         )
-
-    def logits(embeddings: Tensor, condition: Condition) -> Tensor:
-        columns: Tensor = head(model(embeddings, condition))
-        return columns
-
-    return logits
+    return head
 
 
 def _fixed(confidence: Tensor, masked: Tensor, step: DecodingStep, ties: Ties) -> Tensor:
@@ -194,33 +188,40 @@ def decode_masked(
     samples: int,
     observe: Observer | None = None,
 ) -> Tensor:
-    """Tokens ``[samples, *token_shape]`` from nothing but [MASK]."""
+    """Tokens ``[samples, *token_shape]`` from nothing but [MASK].
+
+    Logits are computed at the [MASK] positions alone. How many there are is read in each pass, for ties
+    decide.
+    """
     source = _DrawnNoise(noise) if isinstance(noise, Draws) else noise
     device = model.token_table.device
     tokens = torch.full((samples, *model.token_shape), model.mask_id, device=device)
     # Kept apart from the tokens: with a [MASK] column a drawn [MASK] is a token like the others.
-    masked = torch.ones_like(tokens, dtype=torch.bool)
-    function = _logits_function(model, plan)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    head = _head(model, plan)
     for step in plan.steps:
         if step.time is None:
-            told = model.masked_condition(condition, masked)
+            told = model.masked_condition(condition, mask)
         else:
             told = model.timed_condition(condition, step.time)
-        logits = guided_logits(model, model.embed(tokens), told, step.guidance, function)
-        drawn, confidence = source.draw(step, logits)
-        drawn = torch.where(masked, drawn, tokens)
+        masked = MaskedRows.find(mask)
+        logits = guided_logits(
+            model, model.embed(tokens), told, step.guidance, rows=masked.rows, head=head
+        )
+        rows, confidence = source.draw(step, logits, masked)
+        drawn = torch.where(mask, masked.put(rows, tokens), tokens)
         if observe is not None:
             observe(step.number, tokens, drawn)
         if step.left == 0:
             tokens = drawn
             break
         if plan.confidence == "logit":
-            rows = drawn.clamp(max=logits.shape[-1] - 1)  # fixed positions are not ranked
             confidence = logits.gather(-1, rows[..., None])[..., 0] / step.temperature
+        confidence = masked.put(confidence, confidence.new_zeros(tokens.shape))
         gumbel = source.gumbel(step, tokens.shape) if step.heat else None
         if gumbel is not None:
             confidence = confidence + step.heat * gumbel
-        fixed = _fixed(confidence, masked, step, plan.ties)
+        fixed = _fixed(confidence, mask, step, plan.ties)
         tokens = torch.where(fixed, drawn, tokens)
-        masked = masked & ~fixed
+        mask = mask & ~fixed
     return tokens.clamp(max=model.vocabulary - 1) if plan.mask_column else tokens

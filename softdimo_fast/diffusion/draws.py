@@ -56,6 +56,11 @@ class Draws:
         seed = _stream_key(self.seed, f"fork/{name}")
         return Draws(seed, self.step, self.first, self.samples)
 
+    @property
+    def on_host(self) -> Draws:
+        """The same draws on the CPU, made there: the device is not asked."""
+        return Draws.of(self.seed, self.step, len(self), first=self.first)
+
     def __len__(self) -> int:
         return len(self.samples)
 

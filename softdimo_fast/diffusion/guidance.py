@@ -6,13 +6,16 @@ MaskBit and MaskGen write c + w (c - u): s = 1 + w (:func:`guidance_from_weight`
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from softdimo_fast.models.conditions import Condition, concatenate
 from softdimo_fast.models.protocol import MaskedDiffusionModel
+
+# Hidden states and wanted rows (or None) -> logits.
+Head: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class GuidedLogits(NamedTuple):
@@ -33,19 +36,25 @@ def branch_logits(
     condition: Condition,
     *,
     guided: bool,
-    logits: Callable[[Tensor, Condition], Tensor] | None = None,
+    rows: Tensor | None = None,
+    head: Head | None = None,
 ) -> GuidedLogits:
     """Both branches in one forward pass of twice the batch; one branch where ``guided`` is False.
 
-    ``logits`` of embeddings and condition are the model's own if not given.
+    Args:
+        rows: the positions whose logits are wanted, as for the model's ``head``.
+        head: in place of the model's own.
     """
-    function = logits or model.logits
+    head = head or model.head
     if not guided:
-        return GuidedLogits(function(embeddings, condition), None)
-    both = function(
+        return GuidedLogits(head(model(embeddings, condition), rows), None)
+    hidden = model(
         torch.cat([embeddings, embeddings]), concatenate(condition, model.unconditional(condition))
     )
-    conditional, unconditional = both.chunk(2)
+    if rows is not None:
+        # The second branch's positions follow the first's.
+        rows = torch.cat([rows, rows + hidden.shape[:-1].numel() // 2])
+    conditional, unconditional = head(hidden, rows).chunk(2)
     return GuidedLogits(conditional, unconditional)
 
 
@@ -54,11 +63,13 @@ def guided_logits(
     embeddings: Tensor,
     condition: Condition,
     scale: float,
-    logits: Callable[[Tensor, Condition], Tensor] | None = None,
+    *,
+    rows: Tensor | None = None,
+    head: Head | None = None,
 ) -> Tensor:
-    """u + s (c - u) for a number s; ``logits`` as for :func:`branch_logits`."""
+    """u + s (c - u) for a number s; ``rows`` and ``head`` as for :func:`branch_logits`."""
     conditional, unconditional = branch_logits(
-        model, embeddings, condition, guided=scale != 1, logits=logits
+        model, embeddings, condition, guided=scale != 1, rows=rows, head=head
     )
     if unconditional is None:
         return conditional

@@ -180,8 +180,8 @@ class MaskGitTransformer(ClassTokenTransformer):
     def head_bias(self) -> Tensor:
         return self.bias[: self.token_shape[0], : self.vocabulary]
 
-    def head_with_mask(self, hidden: Tensor) -> Tensor:
-        """The published logits ``[B, N, V + 1]``: the last column is [MASK]."""
+    def head_with_mask(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The published logits ``[B, N, V + 1]``: the last column is [MASK]. ``rows`` as for :meth:`head`."""
         columns = self.vocabulary + 1
-        logits = F.linear(self.head_input(hidden), self.tok_emb.weight[:columns])
-        return logits + self.bias[: self.token_shape[0], :columns]
+        bias = self.bias[: self.token_shape[0], :columns]
+        return self.head_columns(hidden, self.tok_emb.weight[:columns], bias, rows)

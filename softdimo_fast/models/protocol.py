@@ -68,7 +68,10 @@ class MaskedDiffusionModel(nn.Module, ABC):
 
     @abstractmethod
     def head_input(self, hidden: Tensor) -> Tensor:
-        """What the head multiplies: ``logits = head_input(hidden) @ head_weight.T + head_bias``."""
+        """What the head multiplies: ``logits = head_input(hidden) @ head_weight.T + head_bias``.
+
+        Every position for itself, whatever the leading shape ``[..., H]``.
+        """
 
     @property
     @abstractmethod
@@ -78,19 +81,36 @@ class MaskedDiffusionModel(nn.Module, ABC):
     @property
     @abstractmethod
     def head_bias(self) -> Tensor | None:
-        """Broadcasts to the logits, or None."""
+        """``[V]`` or ``[G, V]``, with a first dimension L where each position has its own; or None."""
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits ``[B, *token_shape, V]`` of hidden states."""
-        weight, bias = self.head_weight, self.head_bias
+    def head(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Logits ``[B, *token_shape, V]`` of hidden states ``[B, L, H]``, or of wanted rows alone.
+
+        Args:
+            rows: int64 ``[R]``, positions counted through the batch: position l of sample b has number
+                b x L + l. The logits are then ``[R, V]``, or ``[R, G, V]`` for grouped tokens (a position's
+                groups go together), and neither :meth:`head_input` nor the matrix is computed elsewhere.
+        """
+        return self.head_columns(hidden, self.head_weight, self.head_bias, rows)
+
+    def head_columns(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None
+    ) -> Tensor:
+        """:meth:`head` with another ``head_weight`` and ``head_bias``: fewer columns, or more."""
+        if rows is not None:
+            hidden = hidden.flatten(0, -2).index_select(0, rows)
+            if bias is not None and bias.dim() == weight.dim():  # a bias for each position
+                bias = F.embedding(rows % len(bias), bias.flatten(1)).view(-1, *bias.shape[1:])
         logits = F.linear(self.head_input(hidden), weight.flatten(0, -2))
         if weight.dim() == 3:
             logits = logits.unflatten(-1, weight.shape[:2])
         return logits if bias is None else logits + bias
 
-    def logits(self, embeddings: Tensor, condition: Condition) -> Tensor:
-        """Embeddings to logits in one call."""
-        return self.head(self(embeddings, condition))
+    def logits(
+        self, embeddings: Tensor, condition: Condition, rows: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings to logits in one call; ``rows`` as for :meth:`head`."""
+        return self.head(self(embeddings, condition), rows)
 
     def soft_embed(self, logits: Tensor, *, mask: Tensor | None = None, **options: Any) -> Tensor:
         """The expected input embedding ``[B, L, D]`` under softmax(logits); True in ``mask`` is [MASK].

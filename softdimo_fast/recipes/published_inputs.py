@@ -109,8 +109,7 @@ class Captioned:
     def __call__(self, draws: Draws) -> tuple[Tensor, Condition]:
         """Tokens ``[B, *token_shape]`` and conditions."""
         # Drawn on the host, which must read the numbers: reading them back would wait for the device.
-        host = Draws.of(draws.seed, draws.step, len(draws), first=draws.first)
-        tokens, labels = self.source(host)
+        tokens, labels = self.source(draws.on_host)
         device = draws.samples.device
         if device.type == "cuda":
             tokens = tokens.pin_memory()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softdimo_fast import _config
-from softdimo_fast.diffusion import GuidedLogits, branch_logits
+from softdimo_fast.diffusion import MaskedRows, branch_logits, draw_mask, draw_masked_count
 from softdimo_fast.diffusion.masking import MaskSchedule
 from softdimo_fast.models.conditions import select
 from softdimo_fast.models.protocol import MaskedDiffusionModel
@@ -22,7 +22,6 @@ from softdimo_fast.ops import (
 from softdimo_fast.trainers.method import Loss, Phase
 from softdimo_fast.trainers.objective import Objective, Rollout, frozen
 from softdimo_fast.trainers.optimization import OptimizerConfig
-from softdimo_fast.trainers.teacher import draw_mask, draw_masked_count
 
 AUXILIARY = "auxiliary"
 
@@ -124,52 +123,43 @@ class DistributionMatching(Objective):
 
     def student_loss(self, rollout: Rollout) -> Loss:
         config = self.config
-        mask = self._mask(rollout, "matching")
+        masked = self._mask(rollout, "matching")
         differentiated = config.path == "soft_gradient"
         logits = rollout.logits if differentiated else rollout.logits.detach()
         with frozen(self.auxiliary), torch.set_grad_enabled(differentiated):
             teacher = branch_logits(
-                self.teacher, self._input(self.teacher, rollout, logits, mask),
-                self.teacher.masked_condition(rollout.condition, mask),
-                guided=config.guidance_scale != 1,
+                self.teacher, self._input(self.teacher, rollout, logits, masked.mask),
+                self.teacher.masked_condition(rollout.condition, masked.mask),
+                guided=config.guidance_scale != 1, rows=masked.rows,
             )  # fmt: skip
             auxiliary = self.auxiliary.logits(
-                self._input(self.auxiliary, rollout, logits, mask),
-                self.auxiliary.masked_condition(rollout.condition, mask),
+                self._input(self.auxiliary, rollout, logits, masked.mask),
+                self.auxiliary.masked_condition(rollout.condition, masked.mask),
+                masked.rows,
             )
-        scale, weight = self._scale(mask), self._weight(mask)
+        scale = self._scale(masked)
         matching = distribution_matching_loss(
-            rollout.logits, teacher.conditional.detach(), auxiliary.detach(), mask,
-            kind=config.divergence, beta=config.beta,
+            masked.of(rollout.logits), teacher.conditional.detach(), auxiliary.detach(),
+            masked.row_mask, kind=config.divergence, beta=config.beta,
             teacher_uncond_logits=None if teacher.unconditional is None else teacher.unconditional.detach(),
             guidance_scale=scale, teacher_temperature=config.teacher_temperature,
-            auxiliary_temperature=config.auxiliary_temperature, weight=weight,
-            normalization=config.normalization,
+            auxiliary_temperature=config.auxiliary_temperature,
+            weight=self._weight(masked, rollout, config.normalization), normalization="sum",
         )  # fmt: skip
-        if config.normalization != "sum":
-            matching = matching * rollout.share
         value = config.weight * matching
         metrics = {"distillation/divergence": matching.detach()}
         if differentiated:
-            through = self._through_inputs(teacher, auxiliary, mask, scale, weight) * rollout.share
+            # The divergence as a function of the networks' soft inputs.
+            through = token_divergence(
+                teacher.conditional, auxiliary, kind=config.divergence, beta=config.beta,
+                teacher_uncond_logits=teacher.unconditional, guidance_scale=scale,
+                teacher_temperature=config.teacher_temperature,
+                model_temperature=config.auxiliary_temperature, mask=masked.row_mask,
+                weight=self._weight(masked, rollout, "masked"), reduction="sum",
+            )  # fmt: skip
             value = value + config.soft_gradient_weight * through
             metrics["distillation/soft_divergence"] = through.detach()
         return Loss(value, metrics)
-
-    def _through_inputs(
-        self, teacher: GuidedLogits, auxiliary: Tensor, mask: Tensor, scale: float | Tensor,
-        weight: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """The divergence as a function of the networks' soft inputs: mean over samples of the row mean."""
-        config = self.config
-        rows = token_divergence(
-            teacher.conditional, auxiliary, kind=config.divergence, beta=config.beta,
-            teacher_uncond_logits=teacher.unconditional, guidance_scale=scale,
-            teacher_temperature=config.teacher_temperature,
-            model_temperature=config.auxiliary_temperature, mask=mask, weight=weight,
-            reduction="none",
-        )  # fmt: skip
-        return (rows.flatten(1).sum(1) / mask.flatten(1).sum(1)).mean()
 
     def _input(
         self, model: MaskedDiffusionModel, rollout: Rollout, logits: Tensor, mask: Tensor
@@ -178,18 +168,22 @@ class DistributionMatching(Objective):
             return model.embed(model.masked_tokens(rollout.tokens, mask))
         return model.soft_embed(logits, mask=mask)
 
-    def _mask(self, rollout: Rollout, stream: str) -> Tensor:
+    def _mask(self, rollout: Rollout, stream: str) -> MaskedRows:
         return draw_mask(rollout.draws, stream, self.config.mask_schedule, self.teacher.token_shape)
 
-    def _scale(self, mask: Tensor) -> float | Tensor:
+    def _scale(self, masked: MaskedRows) -> float | Tensor:
         if not self.config.adaptive_guidance or self.config.guidance_scale == 1:
             return self.config.guidance_scale
-        return _per_row(1 + (self.config.guidance_scale - 1) * _mask_share(mask), mask)
+        return masked.spread(1 + (self.config.guidance_scale - 1) * _mask_share(masked.mask))
 
-    def _weight(self, mask: Tensor) -> Tensor | None:
-        if self.config.weighting == 0:
-            return None
-        return _per_row(_mask_share(mask) ** self.config.weighting, mask)
+    def _weight(self, masked: MaskedRows, rollout: Rollout, normalization: str) -> Tensor:
+        """Of each row, with which the *sum* over the rows is normalised, as a share of the global batch."""
+        weight = _mask_share(masked.mask) ** self.config.weighting
+        if normalization != "sum":
+            weight = weight / len(rollout.global_draws)
+        if normalization == "masked":
+            weight = weight / masked.counts
+        return masked.spread(weight)
 
     # -----------------------------------------------------------------------------------------------
     # the auxiliary
@@ -197,24 +191,26 @@ class DistributionMatching(Objective):
     def role_loss(self, phase: Phase, rollout: Rollout) -> Loss:
         config, model = self.config, self.auxiliary
         stream = f"auxiliary/{phase.repeat}"
-        mask = self._mask(rollout, stream)
-        condition = model.masked_condition(rollout.condition, mask)
+        masked = self._mask(rollout, stream)
+        condition = model.masked_condition(rollout.condition, masked.mask)
         if config.auxiliary_condition_drop:
             dropped = (
                 rollout.draws.uniform(f"{stream}/drop", 1)[:, 0] < config.auxiliary_condition_drop
             )
             condition = select(dropped, model.unconditional(condition), condition)
-        logits = model.logits(self._input(model, rollout, rollout.logits, mask), condition)
+        logits = model.logits(
+            self._input(model, rollout, rollout.logits, masked.mask), condition, masked.rows
+        )
         total = masked_cross_entropy(
-            logits, rollout.tokens, mask, label_smoothing=config.auxiliary_label_smoothing,
-            reduction="sum",
+            logits, masked.of(rollout.tokens), masked.row_mask,
+            label_smoothing=config.auxiliary_label_smoothing, reduction="sum",
         )  # fmt: skip
         if config.auxiliary_soft_weight:
             total = total + config.auxiliary_soft_weight * token_divergence(
-                rollout.logits, logits, mask=mask, reduction="sum"
+                masked.of(rollout.logits), logits, mask=masked.row_mask, reduction="sum"
             )
         counted = draw_masked_count(
-            rollout.global_draws, stream, config.mask_schedule, mask[0].numel()
+            rollout.global_draws, stream, config.mask_schedule, masked.mask[0].numel()
         ).sum()
         loss = total / counted
         return Loss(loss, {"auxiliary/loss": loss.detach() / config.auxiliary_steps})
@@ -223,8 +219,3 @@ class DistributionMatching(Objective):
 def _mask_share(mask: Tensor) -> Tensor:
     """``[B]``: the share of True in each sample."""
     return mask.flatten(1).float().mean(1)
-
-
-def _per_row(values: Tensor, mask: Tensor) -> Tensor:
-    """``[B]`` over the rows of ``mask``."""
-    return values.view(-1, *[1] * (mask.dim() - 1)).expand(mask.shape)

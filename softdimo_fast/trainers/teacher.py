@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from softdimo_fast import _config
-from softdimo_fast.diffusion import Draws, mask_ratio, masked_count, random_mask
+from softdimo_fast.diffusion import Draws, draw_mask, draw_masked_count
 from softdimo_fast.diffusion.masking import MaskSchedule
 from softdimo_fast.models.conditions import Condition, select
 from softdimo_fast.models.protocol import MaskedDiffusionModel
@@ -43,21 +42,6 @@ class TeacherConfig:
         _config.require_range(self, "label_smoothing", self.label_smoothing, minimum=0, below=1)
 
 
-def draw_mask(
-    draws: Draws, stream: str, schedule: MaskSchedule, token_shape: tuple[int, ...]
-) -> Tensor:
-    """bool ``[B, *token_shape]`` of the forward process, from streams under ``stream``."""
-    positions = torch.Size(token_shape).numel()
-    count = draw_masked_count(draws, stream, schedule, positions)
-    return random_mask(count, draws.uniform(f"{stream}/positions", *token_shape))
-
-
-def draw_masked_count(draws: Draws, stream: str, schedule: MaskSchedule, positions: int) -> Tensor:
-    """int64 ``[B]``: how many positions :func:`draw_mask` masks, without saying which."""
-    r = draws.uniform(f"{stream}/ratio", 1)[:, 0]
-    return masked_count(mask_ratio(schedule, r), positions)
-
-
 class TeacherMethod(Method):
     """Role ``teacher``."""
 
@@ -82,13 +66,16 @@ class TeacherMethod(Method):
         tokens, condition = self.tokens(batch.draws)
         dropped = batch.draws.uniform("teacher/drop", 1)[:, 0] < config.condition_drop
         condition = select(dropped, model.unconditional(condition), condition)
-        mask = draw_mask(batch.draws, "teacher", config.mask_schedule, model.token_shape)
+        masked = draw_mask(batch.draws, "teacher", config.mask_schedule, model.token_shape)
         logits = model.logits(
-            model.embed(model.masked_tokens(tokens, mask)), model.masked_condition(condition, mask)
+            model.embed(model.masked_tokens(tokens, masked.mask)),
+            model.masked_condition(condition, masked.mask),
+            masked.rows,
         )
         total = masked_cross_entropy(
-            logits, tokens, mask, label_smoothing=config.label_smoothing, reduction="sum"
-        )
+            logits, masked.of(tokens), masked.row_mask, label_smoothing=config.label_smoothing,
+            reduction="sum",
+        )  # fmt: skip
         # Over the masked positions of the whole step: micro-batches then add up to it exactly.
         counted = draw_masked_count(
             batch.global_draws, "teacher", config.mask_schedule, tokens[0].numel()

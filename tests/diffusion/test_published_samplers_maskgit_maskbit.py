@@ -343,8 +343,11 @@ class _Fixed(nn.Module):
     def unconditional(self, condition: Tensor) -> Tensor:
         return condition
 
-    def logits(self, embeddings: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, condition: Tensor) -> Tensor:
         return self.table.repeat(len(embeddings) // len(self.table), 1, 1)
+
+    def head(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        return hidden.flatten(0, 1)[rows]
 
 
 # Confidences, likeliest first: position 3, then 0, 1 and 4 alike, then 2.

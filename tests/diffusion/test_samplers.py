@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import families
 from support.checks import assert_same_bits
 from support.training import FAMILIES, FAST, LENGTH, VOCABULARY, tokenizer, trainer, transformer
 from torch import Tensor
@@ -17,6 +18,10 @@ from softdimo_fast.data.source import TokenSource
 from softdimo_fast.diffusion import (
     ConfidenceSamplerConfig,
     Draws,
+    MaskBitSamplerConfig,
+    MaskGenSamplerConfig,
+    MaskGitSamplerConfig,
+    MeissonicSamplerConfig,
     OneStepConfig,
     confidence_sample,
     decode_logits,
@@ -80,6 +85,51 @@ def test_each_pass_sees_the_count_and_keeps_what_is_fixed(steps: int) -> None:
         masked = now == model.mask_id
         assert set(masked.sum(1).tolist()) == {counts[i]}
         assert torch.equal(now[~masked], later[~masked])
+
+
+SAMPLERS: dict[str, Any] = {
+    "token": ConfidenceSamplerConfig(steps=3, guidance_scale=2.0),
+    "grouped": ConfidenceSamplerConfig(steps=5),
+    "maskgit": MaskGitSamplerConfig(steps=4, mask_column=True),
+    "maskbit": MaskBitSamplerConfig(steps=6),
+    "maskgen": MaskGenSamplerConfig(steps=4),
+    "meissonic": MeissonicSamplerConfig(steps=5),
+}
+
+
+@pytest.mark.parametrize("family", SAMPLERS)
+def test_each_pass_computes_the_masked_positions_alone(family: str) -> None:
+    """The tokens are those of logits at every position, of which the [MASK] positions are looked at."""
+    model, draws, config = families.build(family), Draws.of(0, 0, 6), SAMPLERS[family]
+    condition = families.conditions(family, draws)
+    head_input, computed, seen = model.head_input, [], []
+
+    def watched(hidden: Tensor) -> Tensor:
+        computed.append(hidden.shape[:-1].numel())
+        return head_input(hidden)
+
+    model.head_input = watched
+    tokens = confidence_sample(
+        model, condition, draws, config, observe=lambda _, now, drawn: seen.append(now)
+    )
+    plan = config.plan(tokens[0].numel()).steps
+    masks = [(now == model.mask_id).flatten(2).any(2) for now in map(_positions, seen)]
+    branches = [1 if step.guidance == 1 else 2 for step in plan]
+    if family != "maskgit":  # where a drawn [MASK] is a token
+        wanted = [n * int(mask.sum()) for n, mask in zip(branches, masks, strict=True)]
+        assert computed == wanted
+    whole = [n * masks[0].numel() for n in branches]
+    assert sum(computed) < sum(whole)
+    columns = model.head_columns
+    model.head_columns = lambda h, w, b, rows: columns(h, w, b, None).flatten(0, 1)[rows]
+    computed.clear()
+    assert torch.equal(confidence_sample(model, condition, draws, config), tokens)
+    assert computed == whole
+
+
+def _positions(tokens: Tensor) -> Tensor:
+    """``[B, L, G]``, with one group where there are none."""
+    return tokens.view(*tokens.shape[:2], -1)
 
 
 def test_one_step_is_independent_sampling() -> None:

@@ -57,7 +57,7 @@ def maskgit_outputs(model: Any, data: Fixture, dtype: torch.dtype) -> dict[str, 
         "logits_cond": logits(embeddings, labels),
         "logits_uncond": logits(embeddings, null),
         "logits_mixed_drop": logits(embeddings, select(given["drop_label"], null, labels)),
-        "logits_cfg_s3": guided_logits(model, embeddings, labels, 3.0, logits),
+        "logits_cfg_s3": guided_logits(model, embeddings, labels, 3.0, head=model.head_with_mask),
     }
     for sigma in (0.1, 0.3):
         noisy = perturb(embeddings, given["noise"], sigma)

@@ -19,8 +19,8 @@ from support.training import (
 from torch import Tensor
 from torch.nn import functional
 
+from softdimo_fast.diffusion import draw_mask
 from softdimo_fast.trainers import DistributionMatching, Phase, Rollout
-from softdimo_fast.trainers.teacher import draw_mask
 
 AUXILIARY = Phase("auxiliary")
 
@@ -31,7 +31,7 @@ def networks(
     """The mask and what teacher (both branches) and auxiliary say, written out."""
     config = objective.config
     shape = objective.teacher.token_shape
-    mask = draw_mask(sample.draws, "matching", config.mask_schedule, shape)
+    mask = draw_mask(sample.draws, "matching", config.mask_schedule, shape).mask
 
     def embed(model: Any) -> Tensor:
         if soft:
@@ -199,7 +199,7 @@ def auxiliary_case(
     model = objective.auxiliary
     mask = draw_mask(
         sample.draws, f"auxiliary/{repeat}", objective.config.mask_schedule, model.token_shape
-    )
+    ).mask
     tokens = torch.where(mask, model.mask_id, sample.tokens)
     return mask, model.logits(model.embed(tokens), sample.condition)
 
@@ -229,7 +229,7 @@ def test_the_auxiliary_learns_the_masked_tokens(family: str, smoothing: float) -
 
 def test_its_masks_are_its_own() -> None:
     objective, sample = distillation(auxiliary_steps=2), rollout(count=64).detached()
-    masks = [draw_mask(sample.draws, s, "arccos", (4,)) for s in ("matching", "auxiliary/0")]
+    masks = [draw_mask(sample.draws, s, "arccos", (4,)).mask for s in ("matching", "auxiliary/0")]
     masks.append(auxiliary_case(objective, sample, repeat=1)[0])
     assert not torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[1], masks[2])

@@ -49,8 +49,8 @@ CPU_CHECKS = (
     "rewards/classifier.py:_check_condition",
     "rewards/prompted.py:_check_known",
 )
-# The numbers of a step's prompts are made on the host and stay there.
-HOST_DATA = ("data/prompts.py:of ",)
+# Made on the host from numbers that are there: which prompts a step has, and which positions a mask has.
+HOST_DATA = ("data/prompts.py:of ", "diffusion/masking.py:find aten::nonzero")
 # Tensor's methods that give the host a copy. On the CPU no operator runs for some of them.
 COPIES = ("tolist", "cpu", "numpy", "item", "__bool__", "__int__", "__float__", "__index__")
 PROMPTS = [f"number {n}" for n in range(9)]

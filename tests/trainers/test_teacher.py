@@ -9,9 +9,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from softdimo_fast.data.source import TokenSource
-from softdimo_fast.diffusion import Draws, mask_ratio, masked_count
+from softdimo_fast.diffusion import (
+    Draws,
+    draw_mask,
+    draw_masked_count,
+    mask_ratio,
+    masked_count,
+)
 from softdimo_fast.trainers import Method, MicroBatch, Phase, TeacherConfig, TeacherMethod
-from softdimo_fast.trainers.teacher import draw_mask, draw_masked_count
 
 TEACHER = Phase("teacher")
 
@@ -31,7 +36,7 @@ def test_cross_entropy_over_the_masked_positions(family: str, smoothing: float) 
     teacher, batch = method(family, condition_drop=0.0, label_smoothing=smoothing), micro_batch()
     model = teacher.teacher
     tokens, condition = teacher.tokens(batch.draws)
-    mask = draw_mask(batch.draws, "teacher", "arccos", model.token_shape)
+    mask = draw_mask(batch.draws, "teacher", "arccos", model.token_shape).mask
     logits = model.logits(model.embed(torch.where(mask, model.mask_id, tokens)), condition)
     expected = functional.cross_entropy(logits[mask], tokens[mask], label_smoothing=smoothing)
     torch.testing.assert_close(loss(teacher, batch), expected)
@@ -41,7 +46,7 @@ def test_cross_entropy_over_the_masked_positions(family: str, smoothing: float) 
 def test_the_count_is_known_without_the_mask(family: str) -> None:
     shape, draws = transformer(family).token_shape, Draws.of(1, 2, 300)
     for schedule in ("arccos", "mage"):
-        mask = draw_mask(draws, "s", schedule, shape)  # type: ignore[arg-type]
+        mask = draw_mask(draws, "s", schedule, shape).mask  # type: ignore[arg-type]
         counts = mask.flatten(1).sum(1)
         positions = mask[0].numel()
         assert torch.equal(counts, draw_masked_count(draws, "s", schedule, positions))  # type: ignore[arg-type]

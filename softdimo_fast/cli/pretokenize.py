@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +23,50 @@ class ImageFile:
 
     Attributes:
         path: where it is.
-        label: the number of its class folder, counted in sorted order.
+        label: the number of its class folder, counted in sorted order, or of its caption's prompt.
+        told: where it was found, for messages.
     """
 
     path: Path
     label: int
+    told: str = ""
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """The images of the folder.
+
+    Attributes:
+        images: in the order in which they are encoded.
+        names: what the labels count: class folders, or prompts.
+        metadata: what the token file says of them.
+        captioned: whether the names are prompts.
+    """
+
+    images: Sequence[ImageFile]
+    names: Sequence[str]
+    metadata: Mapping[str, Any]
+    captioned: bool = False
+
+    def finish(self, out: Path) -> str:
+        """Writes the prompts beside the token file ``out``; what to say of the labels."""
+        from softdimo_fast.data.prompts import PromptFile
+
+        if not self.captioned:
+            return f"of {len(self.names)} classes"
+        path = out.with_name(f"{out.name}.prompts.txt")
+        PromptFile.write(path, self.names)
+        return f"with {len(self.names)} prompts ({path})"
 
 
 def run(
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")],
     tokenizer: str,
     out: Path,
+    captions: Annotated[
+        Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(optional)")
+    ] = None,
+    caption_key: str = "text",
     size: int = 256,
     batch_size: int = 32,
     flip: bool = False,
@@ -45,7 +78,10 @@ def run(
     family: str | None = None,
     revision: str | None = None,
 ) -> int:
-    """Encodes the images of a folder with one subfolder per class.
+    """Encodes the images of a folder with one subfolder per class, or with captions.
+
+    With captions, the different ones become a file of prompts beside the token file, OUT.prompts.txt, and
+    labels number them from 0: what a text-to-image GAN takes as text.prompts and real_tokens.
 
     Images are made square as in guided diffusion (ADM), whose statistics FID is measured against: halved
     with a box filter while the shorter side is at least twice the size, resized bicubically (antialiased) to
@@ -53,9 +89,13 @@ def run(
     begins anew.
 
     Args:
-        folder: of class folders; labels count them in sorted order, and images are found at any depth.
+        folder: of class folders; labels count them in sorted order, and images are found at any depth. With
+            captions, the folder that the images' names start from.
         tokenizer: a model file or folder, or a hub id owner/name[/path] (see softdimo export).
         out: the token file to make (.sdt); images that could not be read are listed beside it.
+        captions: a metadata.jsonl as Hugging Face's imagefolder has it: one JSON object a line, with the
+            image's "file_name" and its "text". An image may stand in several lines.
+        caption_key: the name that captions have there, if not "text".
         size: height and width of the images.
         batch_size: images that are encoded at a time.
         flip: store the mirror image behind each image too.
@@ -73,24 +113,26 @@ def run(
         _config.require_range("", name, value, minimum=1)
     _config.require_range("", "--bad-share", bad_share, minimum=0, maximum=1)
     _require_pillow()
-    classes, images = find_images(folder)
+    found = (
+        find_images(folder) if captions is None else captioned_images(folder, captions, caption_key)
+    )
     require_folder("--out: its parent", out.parent)
     model = from_pretrained(tokenizer, family=family, revision=revision)
     if not isinstance(model, Tokenizer):
         raise UsageError(
             f"--tokenizer must be a tokenizer, got a {type(model).__name__} in {tokenizer}"
         )
-    skipped = _Skipped(len(images), bad_share)
-    count = _encode_all(
-        model.to(_device(device)), classes, images, skipped, out,
+    skipped = _Skipped(len(found.images), bad_share)
+    count, labels = _encode_all(
+        model.to(_device(device)), found, skipped, out,
         size=size, batch_size=batch_size, flip=flip, workers=workers,
-        metadata={"tokenizer": str(tokenizer), "size": size, "flip": flip, "class_names": classes},
+        metadata={"tokenizer": str(tokenizer), "size": size, "flip": flip},
     )  # fmt: skip
-    print(f"{count} images of {len(classes)} classes in {out}{skipped.report(out)}")
+    print(f"{count} images {labels} in {out}{skipped.report(out)}")
     return 0
 
 
-def find_images(folder: Path) -> tuple[list[str], list[ImageFile]]:
+def find_images(folder: Path) -> ImageFiles:
     """The class folders' names in sorted order, and the images in sorted order.
 
     Raises:
@@ -109,7 +151,33 @@ def find_images(folder: Path) -> tuple[list[str], list[ImageFile]]:
         if not found:
             raise UsageError(f"{folder / name} holds no image ({', '.join(SUFFIXES)})")
         images += [ImageFile(path, label) for path in found]
-    return classes, images
+    return ImageFiles(images, classes, {"class_names": classes})
+
+
+def captioned_images(folder: Path, path: Path, key: str) -> ImageFiles:
+    """The images of a file of captions, in its order. One that is not there is one that cannot be read.
+
+    Raises:
+        UsageError: there is no folder or no such file, or a line of it is not as it should be.
+    """
+    from softdimo_fast.data.captions import Captions
+    from softdimo_fast.data.prompts import prompts_digest
+    from softdimo_fast.data.token_file import PROMPTS_DIGEST
+
+    if not folder.is_dir():
+        raise UsageError(f"FOLDER must be the folder that captions name images in, got {folder}")
+    if not path.is_file():
+        raise UsageError(f"--captions must be a file, one JSON object a line, got {path}")
+    try:
+        captions = Captions.read(path, text=key)
+    except ValueError as error:
+        raise UsageError(f"--captions: {error}") from error
+    images = [
+        ImageFile(folder / name, prompt, told=f"{path}, line {line}")
+        for line, name, prompt in captions.lines
+    ]
+    metadata = {"captions": str(path), PROMPTS_DIGEST: prompts_digest(captions.prompts)}
+    return ImageFiles(images, captions.prompts, metadata, captioned=True)
 
 
 def load_image(path: Path, size: int) -> Any:
@@ -147,7 +215,8 @@ class _Skipped:
 
     def add(self, image: ImageFile, error: BaseException) -> None:
         """Raises UsageError when there are too many."""
-        self._lines.append(f"{image.path}: {type(error).__name__}: {error}".replace("\n", " "))
+        name = f"{image.path} ({image.told})" if image.told else f"{image.path}"
+        self._lines.append(f"{name}: {type(error).__name__}: {error}".replace("\n", " "))
         if len(self._lines) > self._share * self._total:
             listed = "".join(f"\n  {line}" for line in self._lines[:SHOWN])
             raise UsageError(
@@ -168,9 +237,10 @@ class _Skipped:
 
 
 def _encode_all(
-    model: Any, classes: Sequence[str], images: Sequence[ImageFile], skipped: _Skipped, out: Path, *,
-    size: int, batch_size: int, flip: bool, workers: int, metadata: dict[str, Any],
-) -> int:  # fmt: skip
+    model: Any, found: ImageFiles, skipped: _Skipped, out: Path, *, size: int, batch_size: int,
+    flip: bool, workers: int, metadata: dict[str, Any],
+) -> tuple[int, str]:  # fmt: skip
+    """How many images the finished file holds, and what to say of their labels."""
     import torch
 
     from softdimo_fast.data.token_file import TokenFileWriter
@@ -178,15 +248,15 @@ def _encode_all(
 
     device = next(model.parameters()).device
     token_shape = _token_shape(model, size, device)
-    batches = -(-len(images) // batch_size)
+    batches = -(-len(found.images) // batch_size)
     progress = TerminalProgress(batches, "pretokenize", stream=sys.stderr)
     try:
         with TokenFileWriter(
             out, vocabulary=model.codebook.shape[-2], token_shape=token_shape,
-            classes=len(classes), metadata=metadata,
+            classes=len(found.names), metadata=metadata | dict(found.metadata),
         ) as writer, torch.no_grad():  # fmt: skip
             for step, (pixels, labels) in enumerate(
-                _batches(images, skipped, size, batch_size, workers), start=1
+                _batches(found.images, skipped, size, batch_size, workers), start=1
             ):
                 if len(labels):
                     pixels = pixels.to(device)
@@ -195,7 +265,8 @@ def _encode_all(
                         labels = labels.repeat_interleave(2)
                     writer.append(model.encode(pixels), labels)
                 progress.update(step)
-            return writer.count
+            # Before the token file has its name: where there are tokens, their prompts are.
+            return writer.count, found.finish(out)
     finally:
         progress.close()
 

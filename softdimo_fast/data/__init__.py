@@ -4,12 +4,14 @@ Importing this package costs torch alone; scikit-learn is imported by :func:`loa
 """
 
 from softdimo_fast.data.augment import random_affine
+from softdimo_fast.data.captions import Captions
 from softdimo_fast.data.digits import DigitsSplit, LabelledImages, load_digits, parity
 from softdimo_fast.data.order import sample_indices
 from softdimo_fast.data.prompts import PromptConditions, PromptFile
 from softdimo_fast.data.token_file import TokenFile, TokenFileError, TokenFileWriter
 
 __all__ = [
+    "Captions",
     "DigitsSplit",
     "LabelledImages",
     "PromptConditions",

@@ -7,6 +7,7 @@ conditions stay plain tensors, whatever is done to a batch.
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from softdimo_fast._files import write_atomically
 from softdimo_fast.data.source import step_rows
 from softdimo_fast.diffusion.draws import Draws
 from softdimo_fast.models.conditions import Condition, concatenate, map_condition, rows
@@ -55,6 +57,17 @@ class PromptFile(Sequence[str]):
                 "told what guidance tells it for 'no condition')"
             )
 
+    @classmethod
+    def write(cls, path: str | Path, prompts: Sequence[str]) -> PromptFile:
+        """Makes a file, whole or not at all, and opens it.
+
+        Raises:
+            ValueError: there is no prompt, or one is empty.
+            OSError: it could not be written.
+        """
+        write_atomically(Path(path), "".join(f"{prompt}\n" for prompt in prompts).encode())
+        return cls(path)
+
     def __len__(self) -> int:
         return len(self._prompts)
 
@@ -70,6 +83,14 @@ class PromptFile(Sequence[str]):
 
     def __repr__(self) -> str:
         return f"PromptFile({str(self.path)!r}), {len(self)} prompts"
+
+
+def prompts_digest(prompts: Sequence[str]) -> str:
+    """The sha256 of the prompts, a line feed behind each: a token file whose labels number them holds it."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(f"{prompt}\n".encode())
+    return digest.hexdigest()
 
 
 class EncodedPrompts:

@@ -41,6 +41,8 @@ from softdimo_fast.diffusion.draws import Draws
 __all__ = ["TokenFile", "TokenFileError", "TokenFileSource", "TokenFileWriter", "TokenHeader"]
 
 CHUNK = 1 << 24  # read at a time for the digest
+# In the metadata of a file whose labels are numbers of prompts: what ``prompts_digest`` says of them.
+PROMPTS_DIGEST = "prompts_sha256"
 UNKNOWN_DIGEST = "0" * 64
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from softdimo_fast import _config
+from softdimo_fast.data.prompts import prompts_digest
 from softdimo_fast.models import describe
 from softdimo_fast.models.seeding import seeded
 from softdimo_fast.recipes.build import run_record, started, starting_checkpoint
@@ -125,25 +126,41 @@ def _real_tokens(run: PublishedGeneratorRun, teacher: Any, inputs: Inputs) -> An
     """Tokens and conditions of real images; None where no GAN asks for them."""
     if run.adversarial is None:
         return None
-    from softdimo_fast.data.token_file import TokenFile
+    from softdimo_fast.data.token_file import PROMPTS_DIGEST, TokenFile
 
     file = TokenFile.open(str(run.real_tokens))
     header = file.header
     require_tokens(
         run, "real_tokens", teacher, vocabulary=header.vocabulary, token_shape=header.token_shape
     )
-    labels = classes_of(teacher)
-    if labels is None:
-        labels = inputs.count
+    text, labels = classes_of(teacher) is None, inputs.count
+    if text:
         expected = f"of images whose labels are numbers of the {labels} prompts in text.prompts"
     else:
         expected = f"of images of the teacher's {labels} classes"
     _config.require(
         header.classes == labels, run, "real_tokens", f"{header.classes} classes", expected
     )
+    _require_prompts(run, header.metadata.get(PROMPTS_DIGEST), inputs, text=text)
     _config.require(len(file) > 0, run, "real_tokens", "0 images", "of at least one image")
     source = file.source(run.trainer.batch_size)
-    return source if classes_of(teacher) is not None else Captioned(source, inputs)
+    return Captioned(source, inputs) if text else source
+
+
+def _require_prompts(
+    run: PublishedGeneratorRun, digest: str | None, inputs: Inputs, *, text: bool
+) -> None:
+    """A token file that was made with captions says whose numbers its labels are; others do not."""
+    if digest is None:
+        return
+    _config.require(
+        text, run, "real_tokens", "a file whose labels are numbers of prompts",
+        "of images whose labels are the teacher's classes",
+    )  # fmt: skip
+    _config.require(
+        digest == prompts_digest(inputs.prompts or ()), run, "text.prompts", run.text.prompts,
+        f"the file of prompts that was made with {run.real_tokens} (sha256 {digest[:12]}...)",
+    )  # fmt: skip
 
 
 def _objectives(

@@ -112,7 +112,8 @@ class PublishedGeneratorRun:
         student: model source of a one-step generator to start from, in place of the teacher's weights.
         start: a run, beside this one's folder, whose generator (its average), auxiliary and heads this one
             starts from.
-        real_tokens: a file of encoded images, which the GAN needs.
+        real_tokens: a file of encoded images, which the GAN needs (softdimo pretokenize makes it). Labels
+            are the teacher's classes, or where it reads text, numbers of the prompts in ``text.prompts``.
         text: prompts and text encoder.
         timestep: of Meissonic: ``"condition"`` tells every network timestep 0, as the public Di[M]O code
             does by an integer cast; ``"mask_ratio"`` 1000 x the share of [MASK], as in its training.

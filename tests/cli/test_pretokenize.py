@@ -66,7 +66,7 @@ def encoded(images: Path, tokenizer: Path, *, flip: bool = False) -> tuple[Tenso
     """One image at a time, without the command's batches and threads."""
     model = from_pretrained(tokenizer)
     tokens, labels = [], []
-    for image in find_images(images)[1]:
+    for image in find_images(images).images:
         pixels = load_image(image.path, SIZE)[None]
         for version in (pixels, pixels.flip(-1)) if flip else (pixels,):
             tokens.append(model.encode(version))

@@ -5,13 +5,17 @@
 set(kernel_flags -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra)
 
 # Operators with matrix products are compiled for the instruction sets that multiply bfloat16 too.
-set(product_sources csrc/cpu/masked_attention.cpp csrc/cpu/soft_embedding.cpp)
+set(product_sources
+    csrc/cpu/linear_soft_embedding.cpp
+    csrc/cpu/masked_attention.cpp
+    csrc/cpu/soft_embedding.cpp)
 set(vector_sources
     csrc/cpu/masked_cross_entropy.cpp
     csrc/cpu/sample_tokens.cpp
     csrc/cpu/token_statistics.cpp)
 set(bindings
     csrc/bind_cpu/library.cpp
+    csrc/bind_cpu/linear_soft_embedding.cpp
     csrc/bind_cpu/masked_attention.cpp
     csrc/bind_cpu/masked_cross_entropy.cpp
     csrc/bind_cpu/sample_tokens.cpp

@@ -31,6 +31,17 @@ STABLE_TORCH_LIBRARY(softdimo, m) {
   m.def(
       "sample_tokens(Tensor logits, float temperature, Tensor? row_temperature, int? top_k, float? top_p, Tensor seed, "
       "Tensor? row_ids, bool log_prob) -> (Tensor tokens, Tensor log_prob)");
+  // keep: 0 nothing; 1 row_max, row_sum and, where `output` is not it, the soft value in their dtype; 2 the logits too.
+  m.def(
+      "linear_soft_embedding(Tensor hidden, Tensor weight, Tensor codebook, Tensor? bias, float temperature, "
+      "Tensor? row_temperature, Tensor? mask, Tensor? mask_embedding, int keep) "
+      "-> (Tensor output, Tensor logits, Tensor row_max, Tensor row_sum, Tensor soft)");
+  // wanted: gradients to hidden, weight, codebook, bias, row_temperature, mask_embedding.
+  m.def(
+      "linear_soft_embedding_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor codebook, Tensor? bias, "
+      "float temperature, Tensor? row_temperature, Tensor? mask, Tensor? mask_embedding, Tensor? logits, "
+      "Tensor row_max, Tensor row_sum, Tensor soft, bool[] wanted) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "token_statistics(Tensor logits, float temperature, Tensor? row_temperature, Tensor? mask) "
       "-> (Tensor log_normalizer, Tensor entropy, Tensor max_prob)");

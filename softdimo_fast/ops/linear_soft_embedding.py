@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from softdimo_fast.ops import _arguments as check
-from softdimo_fast.ops import _backends, _registration
+from softdimo_fast.ops import _backends, _library, _registration
 from softdimo_fast.ops._explain import Explanation, explains
 from softdimo_fast.ops.reference import linear_soft_embedding as reference
 from softdimo_fast.ops.reference.common import compute_dtype
@@ -17,6 +18,9 @@ NAME = "linear_soft_embedding"
 
 # memory="auto" keeps the logits when they take at most this many bytes.
 KEEP_BYTES = 256 * 2**20
+
+# What a forward keeps for its backward: nothing, statistics of the rows, the logits too.
+NOTHING, STATISTICS, LOGITS = range(3)
 
 
 class _Call(NamedTuple):
@@ -30,7 +34,7 @@ class _Call(NamedTuple):
     row_temperature: Tensor | None
     mask: Tensor | None
     mask_embedding: Tensor | None
-    keep_logits: bool
+    keep: int
     choice: _backends.Choice
 
     @property
@@ -77,11 +81,12 @@ def linear_soft_embedding(
         mask: bool, broadcasts to the rows. A True row is a [MASK] position: it gives
             ``mask_embedding``, its hidden is never read and gets zero gradient.
         mask_embedding: ``[D]`` or ``[G, D]``; required with ``mask``, an error without.
-        memory: ``"recompute"`` never holds the logits of more than one slice of rows, 4 MiB (or
-            one row). ``"keep"`` holds all of them, in float32 or wider, from forward to backward,
-            which saves backward one product. ``"auto"`` keeps them when they take at most 256 MiB.
-            Where no input requires a gradient nothing is kept. With the reference backend the
-            choice does not change a bit of the results.
+        memory: ``"recompute"`` never holds more than a slice of the logits: forward and backward
+            take at most 4 MiB for each thread beyond what they return and the wide sums of the
+            gradients to weight, codebook and bias. ``"keep"`` holds all logits, in float32 or
+            wider, from forward to backward, which saves backward one product. ``"auto"`` keeps
+            them when they take at most 256 MiB. Where no input requires a gradient nothing is kept.
+            The choice does not change a bit of the results.
         precision: ``"default"`` or ``"high"``, as in :func:`soft_embedding`; the reference backend
             always multiplies in float32 or wider.
         backend: None chooses; ``"reference" | "cpp" | "cuda" | "triton"`` insist.
@@ -102,7 +107,10 @@ def linear_soft_embedding(
         hidden, weight, codebook, bias=bias, temperature=temperature, mask=mask,
         mask_embedding=mask_embedding, memory=memory, precision=precision, backend=backend,
     )  # fmt: skip
-    output, _ = torch.ops.softdimo_reference.linear_soft_embedding(*call[:-1])
+    if call.choice.backend == "cpp":
+        output, *_ = torch.ops.softdimo.linear_soft_embedding(*call[:-1])
+        return output  # type: ignore[no-any-return]
+    output, _ = torch.ops.softdimo_reference.linear_soft_embedding(*call[:-2], call.keep == LOGITS)
     return output  # type: ignore[no-any-return]
 
 
@@ -141,10 +149,10 @@ def _prepare(
     check.require_choice(NAME, "precision", precision, ("default", "high"))
     call = _Call(
         _autocast(hidden), _autocast(weight), _autocast(codebook), check.autocast(bias), scalar,
-        row_temperature, mask, check.autocast(mask_embedding), False,
-        _backends.choose(NAME, backend, _backends.obstacles(hidden)),
+        row_temperature, mask, check.autocast(mask_embedding), NOTHING,
+        _backends.choose(NAME, backend, _backends.obstacles(hidden, "cpp")),
     )  # fmt: skip
-    return call._replace(keep_logits=_keeps_logits(call, memory))
+    return call._replace(keep=_what_to_keep(call, memory))
 
 
 def _autocast(tensor: Tensor) -> Tensor:
@@ -178,14 +186,16 @@ def _check_bias(bias: Tensor | None, hidden: Tensor, weight: Tensor) -> None:
         check.rows_tensor(NAME, "bias", bias, logits, "and vocabulary, the logits' shape")
 
 
-def _keeps_logits(call: _Call, memory: str) -> bool:
-    """Whether forward returns the logits: never without a gradient, which alone would read them."""
+def _what_to_keep(call: _Call, memory: str) -> int:
+    """What forward returns beside its result: nothing without a gradient, which alone would read it."""
     needed = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in call.differentiable
     )
-    if memory == "recompute" or not needed:
-        return False
-    return memory == "keep" or call.logits_bytes <= KEEP_BYTES
+    if not needed:
+        return NOTHING
+    if memory == "keep" or (memory == "auto" and call.logits_bytes <= KEEP_BYTES):
+        return LOGITS
+    return STATISTICS
 
 
 # --------------------------------------------------------------------------------------------------
@@ -195,7 +205,7 @@ def _keeps_logits(call: _Call, memory: str) -> bool:
 _DIFFERENTIABLE = (0, 1, 2, 3, 5, 7)
 
 
-def _fake(
+def _fake_reference(
     hidden: Tensor, weight: Tensor, codebook: Tensor, bias: Tensor | None, temperature: float,
     row_temperature: Tensor | None, mask: Tensor | None, mask_embedding: Tensor | None,
     keep_logits: bool,
@@ -206,10 +216,29 @@ def _fake(
     return codebook.new_empty(output), kept
 
 
-def _fake_backward(
-    grad: Tensor, hidden: Tensor, weight: Tensor, codebook: Tensor, bias: Tensor | None,
-    temperature: float, row_temperature: Tensor | None, mask: Tensor | None,
-    mask_embedding: Tensor | None, logits: Tensor | None, wanted: list[bool],
+@torch.library.register_fake("softdimo::linear_soft_embedding")
+def _fake(
+    hidden: Tensor, weight: Tensor, codebook: Tensor, bias: Tensor | None, temperature: float,
+    row_temperature: Tensor | None, mask: Tensor | None, mask_embedding: Tensor | None, keep: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    output, logits = _fake_reference(
+        hidden, weight, codebook, bias, temperature, row_temperature, mask, mask_embedding,
+        keep == LOGITS,
+    )  # fmt: skip
+    statistics = output.shape[:-1] if keep >= STATISTICS else (0,)
+    keeps_soft = keep >= STATISTICS and codebook.dtype != logits.dtype
+    return (
+        output,
+        logits,
+        logits.new_empty(statistics),
+        logits.new_empty(statistics),
+        logits.new_empty(output.shape if keeps_soft else (0,)),
+    )
+
+
+def _fake_gradients(
+    hidden: Tensor, weight: Tensor, codebook: Tensor, bias: Tensor | None,
+    row_temperature: Tensor | None, mask_embedding: Tensor | None, wanted: list[bool],
 ) -> reference.Gradients:  # fmt: skip
     inputs = (hidden, weight, codebook, bias, row_temperature, mask_embedding)
     found = [
@@ -219,42 +248,87 @@ def _fake_backward(
     return found[0], found[1], found[2], found[3], found[4], found[5]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _fake_reference_backward(
+    grad: Tensor, hidden: Tensor, weight: Tensor, codebook: Tensor, bias: Tensor | None,
+    temperature: float, row_temperature: Tensor | None, mask: Tensor | None,
+    mask_embedding: Tensor | None, logits: Tensor | None, wanted: list[bool],
+) -> reference.Gradients:  # fmt: skip
+    return _fake_gradients(hidden, weight, codebook, bias, row_temperature, mask_embedding, wanted)
+
+
+@torch.library.register_fake("softdimo::linear_soft_embedding_backward")
+def _fake_backward(
+    grad: Tensor, hidden: Tensor, weight: Tensor, codebook: Tensor, bias: Tensor | None,
+    temperature: float, row_temperature: Tensor | None, mask: Tensor | None,
+    mask_embedding: Tensor | None, logits: Tensor | None, row_max: Tensor, row_sum: Tensor,
+    soft: Tensor, wanted: list[bool],
+) -> reference.Gradients:  # fmt: skip
+    return _fake_gradients(hidden, weight, codebook, bias, row_temperature, mask_embedding, wanted)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    value, logits, row_max, row_sum, soft = output
+    ctx.mark_non_differentiable(logits, row_max, row_sum, soft)
+    kept = logits if inputs[-1] == LOGITS else None
+    # The wide value is the output itself where they have the same dtype.
+    wide = value if value.dtype == row_sum.dtype else soft
+    _registration.save_inputs(ctx, (*inputs[:-1], kept, row_max, row_sum, wide), output)
+
+
+def _save_reference(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits = output[1]
     ctx.mark_non_differentiable(logits)
     _registration.save_inputs(ctx, (*inputs[:-1], logits if inputs[-1] else None), output)
 
 
-def _gradients(ctx: Any, grad: Tensor | None, _logits: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 9
-    inputs = _registration.restore_inputs(ctx)
-    wanted = [bool(ctx.needs_input_grad[position]) for position in _DIFFERENTIABLE]
-    results = torch.ops.softdimo_reference.linear_soft_embedding_backward(grad, *inputs, wanted)
-    return _registration.place(results, _DIFFERENTIABLE, wanted, 9)
+def _gradients_through(backward: Any) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The autograd formula that calls one of the backward operators."""
+
+    def gradients(
+        ctx: Any, grad: Tensor | None, *_kept: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 9
+        inputs = _registration.restore_inputs(ctx)
+        wanted = [bool(ctx.needs_input_grad[position]) for position in _DIFFERENTIABLE]
+        return _registration.place(backward(grad, *inputs, wanted), _DIFFERENTIABLE, wanted, 9)
+
+    return gradients
 
 
 def _composite_backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, codebook: Tensor, bias: Tensor | None,
     temperature: float, row_temperature: Tensor | None, mask: Tensor | None,
-    mask_embedding: Tensor | None, logits: Tensor | None, wanted: list[bool],
+    mask_embedding: Tensor | None, *kept: Any,
 ) -> reference.Gradients:  # fmt: skip
-    """Backward as a function of the inputs: kept logits would hide how they depend on them."""
+    """Either backward as a function of the inputs: what was kept would hide how it depends on them."""
     return reference.linear_soft_embedding_backward(
         grad, hidden, weight, codebook, bias, temperature, row_temperature, mask, mask_embedding,
-        None, wanted,
+        None, kept[-1],
     )  # fmt: skip
 
 
-# A second output and what is kept between forward and backward: more than reference_operator covers.
-_forward = _registration.opaque(NAME, NAME, reference.linear_soft_embedding, _fake)
-_forward.register_autograd(_gradients, setup_context=_save)
 _registration.opaque(
-    f"{NAME}_backward", NAME, reference.linear_soft_embedding_backward, _fake_backward
+    f"{NAME}_backward", NAME, reference.linear_soft_embedding_backward, _fake_reference_backward
 )
-_registration.register_double_backward(
-    f"{_registration.REFERENCE}::{NAME}_backward", _composite_backward
+# A second output and what is kept between forward and backward: more than reference_operator covers.
+_registration.opaque(
+    NAME, NAME, reference.linear_soft_embedding, _fake_reference
+).register_autograd(
+    _gradients_through(torch.ops.softdimo_reference.linear_soft_embedding_backward),
+    setup_context=_save_reference,
 )
+torch.library.register_autograd(
+    f"{_registration.KERNELS}::{NAME}",
+    _gradients_through(torch.ops.softdimo.linear_soft_embedding_backward),
+    setup_context=_save,
+)
+for _operator in (NAME, f"{NAME}_backward"):
+    torch.library.register_vmap(
+        f"{_registration.KERNELS}::{_operator}", _registration.vmap_refusal(NAME)
+    )
+for _library_name in (_registration.KERNELS, _registration.REFERENCE):
+    _registration.register_double_backward(f"{_library_name}::{NAME}_backward", _composite_backward)
 
 
 @explains(linear_soft_embedding)
@@ -263,19 +337,24 @@ def _explain(hidden: Tensor, weight: Tensor, codebook: Tensor, **options: Any) -
     groups, vocabulary = codebook.shape[:-2].numel(), codebook.shape[-2]
     hidden_width, width = hidden.shape[-1], codebook.shape[-1]
     rows = hidden.numel() // hidden_width
-    itemsize = compute_dtype(*call.differentiable).itemsize
-    slice_rows = reference.slice_rows(groups, vocabulary, hidden_width, width, itemsize)
-    kept = "kept for backward" if call.keep_logits else "not kept"
+    kept = "kept for backward" if call.keep == LOGITS else "not kept"
+    notes = [f"the logits ({call.logits_bytes / 2**20:.3g} MiB) are {kept}"]
+    if call.choice.backend == "cpp":
+        kernel = f"softdimo::{NAME}, {_library.cpu_isa()}"
+    else:
+        itemsize = compute_dtype(*call.differentiable).itemsize
+        slice_rows = reference.slice_rows(groups, vocabulary, hidden_width, width, itemsize)
+        kernel = f"plain torch, {slice_rows} rows at a time"
+        notes.append(
+            "products by torch.matmul: repeatable for equal shapes, rows are not batch-invariant"
+        )
     tensors = [tensor for tensor in call[:-1] if isinstance(tensor, Tensor)]
     return Explanation(
         operator=NAME,
         backend=call.choice.backend,
-        kernel=f"plain torch, {slice_rows} rows at a time",
+        kernel=kernel,
         reason=call.choice.reason,
-        notes=(
-            f"the logits ({call.logits_bytes / 2**20:.3g} MiB) are {kept}",
-            "products by torch.matmul: repeatable for equal shapes, rows are not batch-invariant",
-        ),
+        notes=tuple(notes),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         + rows * groups * width * call.codebook.element_size(),
         flops=2 * rows * groups * vocabulary * (hidden_width + width),

@@ -1,0 +1,285 @@
+// Backward of linear_soft_embedding: a block of rows at a time, whose dlogits [G, V, rows] all threads share.
+#pragma once
+
+#include "linear_soft_embedding_rows.h"
+
+namespace softdimo::cpu::SOFTDIMO_ISA {
+namespace {
+
+// The row state of one group: arrays over the block's rows.
+template <class T>
+struct RowState {
+  T *top, *scale, *delta, *temperature;
+};
+
+template <class T>
+RowState<T> row_state(const LinearBackward& b, int64_t group) {
+  T* first = static_cast<T*>(b.row_state) + group * b.stride;
+  const int64_t field = b.call.groups * b.stride;
+  return {first, first + field, first + 2 * field, first + 3 * field};
+}
+
+template <class T>
+T* slice_field(const LinearBackward& b, int64_t slice, SliceField field, int64_t group) {
+  const int64_t index = slice * b.slice_fields + static_cast<int64_t>(field);
+  return static_cast<T*>(b.partials) + (index * b.call.groups + group) * b.stride;
+}
+
+template <class T>
+T* dlogits_of(const LinearBackward& b, int64_t group, int64_t v) {
+  return static_cast<T*>(b.dlogits) + (group * b.call.vocabulary + v) * b.stride;
+}
+
+// ---------------------------------------------------------------------------------------------------
+// rows into factors
+
+// One group of one row: its gradient, and what forward saved. A masked group of it has mass and gradient zero.
+template <class T, class S>
+void load_group(const LinearBackward& b, int64_t m, int64_t group, T* entries) {
+  const LinearSoftEmbedding& s = b.call;
+  const int64_t width = s.codebook.columns, row = b.position[m] * s.groups + group;
+  const RowState<T> state = row_state<T>(b, group);
+  const bool masked = is_masked(s, row);
+  if (masked) {
+    for (int64_t d = 0; d < width; ++d) entries[d] = T(0);
+  } else {
+    read_row(b.grad, row, 0, width, entries);
+  }
+  state.top[m] = masked ? T(0) : static_cast<const T*>(b.row_max)[row];
+  state.scale[m] = masked ? T(0) : T(1) / static_cast<const T*>(b.row_sum)[row];
+  state.delta[m] = masked ? T(0) : static_cast<T>(dot(entries, static_cast<const T*>(b.soft) + row * width, width));
+  state.temperature[m] = masked ? T(1) : row_temperature<T>(s, row);
+  T* columns = static_cast<T*>(b.grad_columns) + group * padded<T>(b.count) * width;
+  pack_column(entries, width, m, panel_width<T>(b.count), columns);
+  const int64_t panel = panel_width<S>(width);
+  S* rows = static_cast<S*>(b.grad_rows) + group * padded<S>(width) * b.count;
+  pack_row(entries, width, panel, b.count * panel, rows + m * panel);
+}
+
+template <class T, class S>
+void load_rows_in(const LinearBackward& b, int64_t begin, int64_t end) {
+  const LinearSoftEmbedding& s = b.call;
+  const int64_t depth = s.weight.columns, width = s.codebook.columns, panel = panel_width<T>(depth);
+  const Scratch<T> entries(depth > width ? depth : width);
+  T *columns = static_cast<T*>(b.hidden_columns), *rows = static_cast<T*>(b.hidden_rows);
+  const int64_t last = smaller(end * kRowUnit, b.count);
+  for (int64_t m = begin * kRowUnit; m < last; ++m) {
+    read_row(s.hidden, b.position[m], 0, depth, entries.get());
+    pack_column(entries.get(), depth, m, panel_width<T>(b.count), columns);
+    pack_row(entries.get(), depth, panel, b.count * panel, rows + m * panel);
+    for (int64_t group = 0; group < s.groups; ++group) load_group<T, S>(b, m, group, entries.get());
+  }
+  if (last < b.count) return;
+  pad_columns(depth, b.count, panel_width<T>(b.count), columns);
+  for (int64_t group = 0; group < s.groups; ++group) {
+    T* grads = static_cast<T*>(b.grad_columns) + group * padded<T>(b.count) * width;
+    pad_columns(width, b.count, panel_width<T>(b.count), grads);
+    const RowState<T> state = row_state<T>(b, group);
+    for (int64_t m = b.count; m < padded<T>(b.count); ++m) {
+      state.top[m] = state.scale[m] = state.delta[m] = T(0);
+      state.temperature[m] = T(1);
+    }
+  }
+}
+
+template <class T>
+void load_rows(const LinearBackward& b, int64_t begin, int64_t end) {
+  sums_in_double(b.call) ? load_rows_in<T, double>(b, begin, end) : load_rows_in<T, T>(b, begin, end);
+}
+
+// ---------------------------------------------------------------------------------------------------
+// one slice of the vocabulary
+
+// One task's place, and its scratch.
+template <class T, class S>
+struct Slice {
+  int64_t group, index, first, count;  // entries [first, first + count)
+  T* table;                            // [kSlice, max(H, D) + kPad]
+  T* p;                                // [kSlice, stride]: logits, then p
+  T* distance;                         // [kSlice, stride]: z - max, for the temperature's gradient
+  S* p_copy;                           // p in S, where that is another type
+};
+
+template <class T, class S>
+void read_logits(const LinearBackward& b, const Slice<T, S>& slice) {
+  const LinearSoftEmbedding& s = b.call;
+  for (int64_t m = 0; m < padded<T>(b.count); ++m) {
+    const bool present = m < b.count;
+    const int64_t row = present ? b.position[m] * s.groups + slice.group : 0;
+    const T* in = static_cast<const T*>(b.logits) + row * s.vocabulary + slice.first;
+    for (int64_t v = 0; v < slice.count; ++v) slice.p[v * b.stride + m] = present ? in[v] : T(0);
+  }
+}
+
+// p and dlogits of one vector of rows, from logits and dp (overwritten by dlogits).
+template <class T, class S>
+SOFTDIMO_ALWAYS_INLINE void rows_gradient(const LinearBackward& b, const Slice<T, S>& slice, const RowState<T>& state,
+                                          int64_t m) {
+  const Vec<T> top = load(state.top + m), scale = load(state.scale + m), delta = load(state.delta + m);
+  const Vec<T> t = load(state.temperature + m);
+  const bool unit = unit_temperature(b.call), slope = b.dtemperature != nullptr, wanted = b.wants_dlogits();
+  T* dlogits = dlogits_of<T>(b, slice.group, slice.first) + m;
+  const auto masked = scale == T(0);
+  Vec<T> others{}, dominant{};
+  for (int64_t v = 0; v < slice.count; ++v) {
+    T* at = slice.p + v * b.stride + m;
+    const Vec<T> below = load(at) - top;
+    const Vec<T> p = masked ? Vec<T>{} : exp_scaled<T>(below, t, unit) * scale;
+    store(at, p);
+    if (!wanted) continue;
+    Vec<T> dz = p * (load(dlogits + v * b.stride) - delta);
+    dz = unit ? dz : dz / t;
+    dz = masked ? Vec<T>{} : dz;
+    store(dlogits + v * b.stride, dz);
+    others += p > T(0.5) ? Vec<T>{} : dz;
+    dominant = p > dominant ? p : dominant;
+    if (slope) store(slice.distance + v * b.stride + m, below);
+  }
+  if (!wanted) return;
+  store(slice_field<T>(b, slice.index, SliceField::others, slice.group) + m, others);
+  int64_t* peaks = b.peaks + (slice.index * b.call.groups + slice.group) * b.stride + m;
+  for (int i = 0; i < kLanes<T>; ++i) {
+    peaks[i] = -1;
+    for (int64_t v = 0; dominant[i] > T(0.5) && v < slice.count; ++v) {
+      if (slice.p[v * b.stride + m + i] > T(0.5)) peaks[i] = slice.first + v;
+    }
+  }
+}
+
+// The slope of one vector of rows about the slice's mean distance: about the maximum, terms several times as large
+// would cancel, and an error that all of (dp - delta) share would stay.
+template <class T, class S>
+SOFTDIMO_ALWAYS_INLINE void rows_slope(const LinearBackward& b, const Slice<T, S>& slice, int64_t m) {
+  const auto field = [&](SliceField which) { return slice_field<T>(b, slice.index, which, slice.group) + m; };
+  const T* dlogits = dlogits_of<T>(b, slice.group, slice.first) + m;
+  Vec<T> mass{}, moment{}, slope{}, residual{};
+  for (int64_t v = 0; v < slice.count; ++v) {
+    const Vec<T> p = load(slice.p + v * b.stride + m);
+    mass += p;
+    moment += p == T(0) ? Vec<T>{} : p * load(slice.distance + v * b.stride + m);  // without mass it may be infinite
+  }
+  const Vec<T> centre = mass > T(0) ? moment / mass : Vec<T>{};
+  for (int64_t v = 0; v < slice.count; ++v) {
+    const Vec<T> dz = load(dlogits + v * b.stride), p = load(slice.p + v * b.stride + m);
+    residual += dz;
+    slope += p == T(0) ? Vec<T>{} : dz * (load(slice.distance + v * b.stride + m) - centre);
+  }
+  store(field(SliceField::mass), mass);
+  store(field(SliceField::centre), centre);
+  store(field(SliceField::slope), slope);
+  store(field(SliceField::residual), residual);
+}
+
+// Calls body(first, count, add) for the chains of the block's rows; `add` says whether the sum holds something yet.
+template <class Body>
+void for_chains(const LinearBackward& b, Body body) {
+  for (int64_t m = 0; m < b.count; m += b.chain) body(m, smaller(b.chain, b.count - m), m > 0 || !b.first);
+}
+
+template <class T, class S>
+void codebook_gradient(const LinearBackward& b, const Slice<T, S>& slice) {
+  const LinearSoftEmbedding& s = b.call;
+  const int64_t wide = padded<S>(s.codebook.columns), width = panel_width<S>(s.codebook.columns);
+  const S* p;
+  if constexpr (sizeof(S) == sizeof(T)) {
+    p = slice.p;
+  } else {
+    for (int64_t i = 0; i < slice.count * b.stride; ++i) slice.p_copy[i] = static_cast<S>(slice.p[i]);
+    p = slice.p_copy;
+  }
+  const S* rows = static_cast<const S*>(b.grad_rows) + slice.group * wide * b.count;
+  S* sum = static_cast<S*>(b.dcodebook) + (slice.group * s.vocabulary + slice.first) * b.codebook_row;
+  for_chains(b, [&](int64_t m, int64_t count, bool add) {
+    gemm<S>(slice.count, wide, count, {p + m, b.stride, 1}, rows + m * width, b.count * width, width, sum,
+            b.codebook_row, add);
+  });
+}
+
+template <class T, class S>
+void slice_task(const LinearBackward& b, const Slice<T, S>& slice) {
+  const LinearSoftEmbedding& s = b.call;
+  const int64_t wide = padded<T>(b.count), width = panel_width<T>(b.count), depth = s.codebook.columns;
+  if (b.logits != nullptr) {
+    read_logits(b, slice);
+  } else {
+    compute_logits(s, slice.group, slice.first, slice.count, b.count, [&](int64_t m) { return b.position[m]; },
+                   static_cast<const T*>(b.hidden_columns), slice.table, slice.p, b.stride);
+  }
+  if (b.wants_dlogits()) {
+    const T* grads = static_cast<const T*>(b.grad_columns) + slice.group * wide * depth;
+    copy_entries(s.codebook, slice.group, slice.first, slice.count, slice.table, depth + kPad);
+    gemm<T>(slice.count, wide, depth, {slice.table, depth + kPad, 1}, grads, depth * width, width,
+            dlogits_of<T>(b, slice.group, slice.first), b.stride, false);
+  }
+  const RowState<T> state = row_state<T>(b, slice.group);
+  for (int64_t m = 0; m < wide; m += kLanes<T>) {
+    rows_gradient(b, slice, state, m);
+    if (b.dtemperature != nullptr) rows_slope(b, slice, m);
+  }
+  if (b.dcodebook != nullptr) codebook_gradient(b, slice);
+}
+
+template <class T, class S>
+void slices_in(const LinearBackward& b, int64_t begin, int64_t end) {
+  const LinearSoftEmbedding& s = b.call;
+  const int64_t slices = slice_count(s.vocabulary), step = slice_size(s.vocabulary), tile = kSlice * b.stride;
+  const int64_t depth = s.weight.columns > s.codebook.columns ? s.weight.columns : s.codebook.columns;
+  const Scratch<T> table(kSlice * (depth + kPad)), p(tile), distance(b.dtemperature != nullptr ? tile : 0);
+  const Scratch<S> p_copy(sizeof(S) == sizeof(T) ? 0 : tile);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t index = task % slices, first = smaller(index * step, s.vocabulary);
+    const int64_t count = smaller(step, s.vocabulary - first);
+    slice_task<T, S>(b, {task / slices, index, first, count, table.get(), p.get(), distance.get(), p_copy.get()});
+  }
+}
+
+template <class T>
+void slices(const LinearBackward& b, int64_t begin, int64_t end) {
+  sums_in_double(b.call) ? slices_in<T, double>(b, begin, end) : slices_in<T, T>(b, begin, end);
+}
+
+// ---------------------------------------------------------------------------------------------------
+// whole rows
+
+// The row's slope, sum of dlogits (z - mean z), from slices that took it about their own means.
+template <class T>
+double merged_slope(const LinearBackward& b, int64_t group, int64_t m) {
+  const int64_t slices = slice_count(b.call.vocabulary);
+  const auto field = [&](int64_t i, SliceField which) {
+    return static_cast<double>(slice_field<T>(b, i, which, group)[m]);
+  };
+  double mass = 0, moment = 0, slope = 0;
+  for (int64_t i = 0; i < slices; ++i) {
+    mass += field(i, SliceField::mass);
+    moment += field(i, SliceField::mass) * field(i, SliceField::centre);
+  }
+  for (int64_t i = 0; i < slices; ++i) {
+    slope += field(i, SliceField::slope) +
+             (field(i, SliceField::centre) - moment / mass) * field(i, SliceField::residual);
+  }
+  return slope;
+}
+
+// Merges the slices of each row in index order: the dominant entry's gradient and the temperature's.
+template <class T>
+void finish_rows(const LinearBackward& b, int64_t begin, int64_t end) {
+  const LinearSoftEmbedding& s = b.call;
+  const int64_t slices = slice_count(s.vocabulary);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t group = task / b.count, m = task % b.count, row = b.position[m] * s.groups + group;
+    if (is_masked(s, row)) continue;
+    double others = 0;
+    int64_t peak = -1;
+    for (int64_t i = 0; i < slices; ++i) {
+      const int64_t found = b.peaks[(i * s.groups + group) * b.stride + m];
+      others += slice_field<T>(b, i, SliceField::others, group)[m];
+      peak = found >= 0 ? found : peak;
+    }
+    if (peak >= 0) dlogits_of<T>(b, group, peak)[m] = static_cast<T>(-others);
+    if (b.dtemperature == nullptr) continue;
+    static_cast<T*>(b.dtemperature)[row] = static_cast<T>(-merged_slope<T>(b, group, m) / row_temperature<T>(s, row));
+  }
+}
+
+}  // namespace
+}  // namespace softdimo::cpu::SOFTDIMO_ISA

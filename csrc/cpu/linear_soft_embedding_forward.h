@@ -1,0 +1,195 @@
+// Forward of linear_soft_embedding: a block of rows passes over the vocabulary in slices.
+#pragma once
+
+#include "linear_soft_embedding_rows.h"
+
+namespace softdimo::cpu::SOFTDIMO_ISA {
+namespace {
+
+// The scratch of one forward task.
+template <class T, class S>
+struct ForwardScratch {
+  int64_t* rows;  // [block rows]: positions that are not masked
+  T* columns;     // hidden^T: [panels of rows, H, panel width]
+  T* table;       // [kSlice, H + kPad]
+  T* entries;     // one row of hidden or the codebook
+  T* z;           // [kSlice, padded rows + kPad]: logits, then p
+  S* p;           // z in S, where that is another type
+  S* codebook;    // [panels of D, kSlice, panel width]
+  S* c;           // [block rows, padded D + kPad]: sum of exp((z - top) / T) E
+  T* state;       // [4, padded rows]: top, sum, temperature, factor
+};
+
+// Elements of S for a copy of `count` elements of T: none where it is the same type.
+template <class S, class T>
+constexpr int64_t copy_size(int64_t count) {
+  return sizeof(S) == sizeof(T) ? 0 : count;
+}
+
+template <class S, class T>
+const S* in_sums(const T* z, int64_t count, S* copy) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    return z;
+  } else {
+    for (int64_t i = 0; i < count; ++i) copy[i] = static_cast<S>(z[i]);
+    return copy;
+  }
+}
+
+// Turns one vector of rows of a tile of logits into exp((z - top) / t) and merges it into the running top and sum.
+// `factor` is what earlier terms shrink by.
+template <class T>
+SOFTDIMO_ALWAYS_INLINE void merge_rows(T* z, int64_t z_row, int64_t n, bool unit, T* top, T* sum, const T* temperature,
+                                       T* factor) {
+  const Vec<T> before = load(top), t = load(temperature);
+  Vec<T> best = before;
+  for (int64_t v = 0; v < n; ++v) {
+    const Vec<T> next = load(z + v * z_row);
+    best = next > best ? next : best;  // never a NaN: it stays in its row through the exponential
+  }
+  const Vec<T> none = splat(T(-HUGE_VAL));
+  const Vec<T> fallen = best == before ? splat(T(1)) : exp_scaled<T>(before - best, t, unit);
+  const Vec<T> shrink = before == none ? Vec<T>{} : fallen;
+  const auto empty = best == none;  // nothing finite yet: no mass, but NaN stays NaN
+  Vec<T> part[4] = {};              // small entries of a long row are not lost one by one beside a large one
+  for (int64_t v = 0; v < n; ++v) {
+    const Vec<T> y = load(z + v * z_row);
+    const Vec<T> p = empty ? (y == none ? Vec<T>{} : y) : exp_scaled<T>(y - best, t, unit);
+    part[v % 4] += p;
+    store(z + v * z_row, p);
+  }
+  store(sum, load(sum) * shrink + ((part[0] + part[1]) + (part[2] + part[3])));
+  store(factor, shrink);
+  store(top, best);
+}
+
+template <class S>
+void scale_row(S* c, int64_t width, S by) {
+  const Vec<S> factor = splat(by);
+  for (int64_t d = 0; d < width; d += kLanes<S>) store(c + d, load(c + d) * factor);
+}
+
+template <class T>
+void keep_logits(const LinearForward& f, int64_t group, const int64_t* rows, int64_t count, int64_t first, int64_t n,
+                 const T* z, int64_t z_row) {
+  if (f.logits == nullptr) return;
+  for (int64_t m = 0; m < count; ++m) {
+    T* out = static_cast<T*>(f.logits) + (rows[m] * f.call.groups + group) * f.call.vocabulary + first;
+    for (int64_t v = 0; v < n; ++v) out[v] = z[v * z_row + m];
+  }
+}
+
+// Reads the block's rows: hidden^T, and the state before the first slice.
+template <class T, class S>
+int64_t load_block(const LinearSoftEmbedding& s, int64_t group, int64_t begin, int64_t end,
+                   const ForwardScratch<T, S>& scratch, int64_t stride) {
+  int64_t count = 0;
+  for (int64_t n = begin; n < end; ++n) {
+    if (!is_masked(s, n * s.groups + group)) scratch.rows[count++] = n;
+  }
+  const int64_t width = panel_width<T>(count), depth = s.weight.columns;
+  for (int64_t m = 0; m < count; ++m) {
+    read_row(s.hidden, scratch.rows[m], 0, depth, scratch.entries);
+    pack_column(scratch.entries, depth, m, width, scratch.columns);
+  }
+  pad_columns(depth, count, width, scratch.columns);
+  for (int64_t m = 0; m < padded<T>(count); ++m) {
+    scratch.state[m] = -HUGE_VAL;
+    scratch.state[stride + m] = T(0);
+    scratch.state[2 * stride + m] = m < count ? row_temperature<T>(s, scratch.rows[m] * s.groups + group) : T(1);
+  }
+  return count;
+}
+
+template <class T, class S>
+void write_rows(const LinearForward& f, int64_t group, int64_t count, const ForwardScratch<T, S>& scratch,
+                int64_t stride, int64_t c_row) {
+  const LinearSoftEmbedding& s = f.call;
+  const int64_t width = s.codebook.columns;
+  for (int64_t m = 0; m < count; ++m) {
+    const int64_t row = scratch.rows[m] * s.groups + group;
+    const T sum = scratch.state[stride + m];
+    const S* c = scratch.c + m * c_row;
+    for (int64_t d = 0; d < width; ++d) scratch.entries[d] = static_cast<T>(c[d] / sum);
+    narrow(scratch.entries, width, f.output, s.codebook.type, row * width);
+    if (f.row_max == nullptr) continue;
+    static_cast<T*>(f.row_max)[row] = scratch.state[m];
+    static_cast<T*>(f.row_sum)[row] = sum;
+    for (int64_t d = 0; f.soft != nullptr && d < width; ++d) {
+      static_cast<T*>(f.soft)[row * width + d] = scratch.entries[d];
+    }
+  }
+}
+
+template <class T>
+void write_mask_row(const LinearForward& f, int64_t row) {
+  const LinearSoftEmbedding& s = f.call;
+  const int64_t width = s.codebook.columns, group = row % s.groups;
+  narrow(static_cast<const T*>(s.mask_embedding) + group * width, width, f.output, s.codebook.type, row * width);
+  if (f.row_max != nullptr) {
+    static_cast<T*>(f.row_max)[row] = T(0);
+    static_cast<T*>(f.row_sum)[row] = T(1);
+  }
+  for (int64_t d = 0; f.soft != nullptr && d < width; ++d) static_cast<T*>(f.soft)[row * width + d] = T(0);
+  for (int64_t v = 0; f.logits != nullptr && v < s.vocabulary; ++v) {
+    static_cast<T*>(f.logits)[row * s.vocabulary + v] = T(0);
+  }
+}
+
+template <class T, class S>
+void forward_block(const LinearForward& f, int64_t group, int64_t begin, int64_t end,
+                   const ForwardScratch<T, S>& scratch) {
+  const LinearSoftEmbedding& s = f.call;
+  const int64_t stride = padded<T>(f.block_rows), z_row = stride + kPad, step = slice_size(s.vocabulary);
+  const int64_t wide = padded<S>(s.codebook.columns), c_row = wide + kPad, width = panel_width<S>(s.codebook.columns);
+  const int64_t count = load_block(s, group, begin, end, scratch, stride);
+  T *top = scratch.state, *sum = top + stride, *temperature = sum + stride, *factor = temperature + stride;
+  for (int64_t v = 0; v < s.vocabulary && count > 0; v += step) {
+    const int64_t n = smaller(step, s.vocabulary - v);
+    compute_logits(s, group, v, n, count, [&](int64_t m) { return scratch.rows[m]; }, scratch.columns, scratch.table,
+                   scratch.z, z_row);
+    keep_logits(f, group, scratch.rows, count, v, n, scratch.z, z_row);
+    for (int64_t m = 0; m < padded<T>(count); m += kLanes<T>) {
+      merge_rows(scratch.z + m, z_row, n, unit_temperature(s), top + m, sum + m, temperature + m, factor + m);
+    }
+    for (int64_t m = 0; m < count && v > 0; ++m) {
+      if (factor[m] != T(1)) scale_row(scratch.c + m * c_row, wide, static_cast<S>(factor[m]));
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      read_entry(s.codebook, group, v + i, 0, s.codebook.columns, scratch.entries);
+      pack_row(scratch.entries, s.codebook.columns, width, n * width, scratch.codebook + i * width);
+    }
+    const S* p = in_sums(scratch.z, n * z_row, scratch.p);
+    gemm<S>(count, wide, n, {p, 1, z_row}, scratch.codebook, n * width, width, scratch.c, c_row, v > 0);
+  }
+  write_rows(f, group, count, scratch, stride, c_row);
+  for (int64_t n = begin; n < end && count < end - begin; ++n) {
+    if (is_masked(s, n * s.groups + group)) write_mask_row<T>(f, n * s.groups + group);
+  }
+}
+
+template <class T, class S>
+void forward_tasks(const LinearForward& f, int64_t begin, int64_t end) {
+  const LinearSoftEmbedding& s = f.call;
+  const int64_t blocks = (s.positions + f.block_rows - 1) / f.block_rows, depth = s.weight.columns;
+  const int64_t width = s.codebook.columns, stride = padded<T>(f.block_rows), z_size = kSlice * (stride + kPad);
+  const Scratch<int64_t> rows(f.block_rows);
+  const Scratch<T> columns(stride * depth), table(kSlice * (depth + kPad)), z(z_size), state(4 * stride);
+  const Scratch<T> entries(depth > width ? depth : width);
+  const Scratch<S> p(copy_size<S, T>(z_size)), codebook(kSlice * padded<S>(width));
+  const Scratch<S> c(f.block_rows * (padded<S>(width) + kPad));
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t first = task % blocks * f.block_rows;
+    forward_block<T, S>(f, task / blocks, first, smaller(first + f.block_rows, s.positions),
+                        {rows.get(), columns.get(), table.get(), entries.get(), z.get(), p.get(), codebook.get(),
+                         c.get(), state.get()});
+  }
+}
+
+template <class T>
+void forward(const LinearForward& f, int64_t begin, int64_t end) {
+  sums_in_double(f.call) ? forward_tasks<T, double>(f, begin, end) : forward_tasks<T, T>(f, begin, end);
+}
+
+}  // namespace
+}  // namespace softdimo::cpu::SOFTDIMO_ISA

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from softdimo_fast._files import write_atomically
 from softdimo_fast.data.source import step_rows
-from softdimo_fast.diffusion.draws import Draws
+from softdimo_fast.diffusion.draws import Draws, send
 from softdimo_fast.models.conditions import Condition, concatenate, map_condition, rows
 
 BYTE_ORDER_MARK = "\ufeff"
@@ -222,9 +222,7 @@ class PromptConditions:
         """The condition of prompts number ``numbers``, int64 ``[B]`` on the CPU."""
         condition: Any = self._encoded(numbers.tolist())
         if device is not None:
-            condition = map_condition(lambda t: t.to(device, non_blocking=True), condition)
+            condition = map_condition(lambda t: send(t, device), condition)
         if "prompt" in getattr(condition, "_fields", ()):
-            condition = condition._replace(
-                prompt=numbers.to(condition.prompt.device, non_blocking=True)
-            )
+            condition = condition._replace(prompt=send(numbers, condition.prompt.device))
         return condition

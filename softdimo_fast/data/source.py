@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softdimo_fast.data.augment import random_affine
 from softdimo_fast.data.order import sample_indices
-from softdimo_fast.diffusion.draws import Draws
+from softdimo_fast.diffusion.draws import Draws, send
 
 
 @dataclass(frozen=True)
@@ -88,5 +88,4 @@ def step_rows(draws: Draws, batch_size: int, size: int) -> Tensor:
 
 
 def _rows(draws: Draws, batch_size: int, size: int) -> Tensor:
-    # A copy that blocks would wait for all work on the device.
-    return step_rows(draws, batch_size, size).to(draws.samples.device, non_blocking=True)
+    return send(step_rows(draws, batch_size, size), draws.samples.device)

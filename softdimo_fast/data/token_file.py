@@ -36,7 +36,7 @@ from softdimo_fast.data._token_header import (
     read_header,
 )
 from softdimo_fast.data.source import step_rows
-from softdimo_fast.diffusion.draws import Draws
+from softdimo_fast.diffusion.draws import Draws, send
 
 __all__ = ["TokenFile", "TokenFileError", "TokenFileSource", "TokenFileWriter", "TokenHeader"]
 
@@ -300,9 +300,7 @@ class TokenFileSource:
         """Tokens ``[B, *token_shape]`` and labels ``[B]``, int64, on the draws' device."""
         tokens, labels = self.file.rows(step_rows(draws, self.batch_size, len(self.file)))
         device = draws.samples.device
-        if device.type == "cuda":  # only from pinned memory can a copy not wait for the device
-            tokens, labels = tokens.pin_memory(), labels.pin_memory()
-        return tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        return send(tokens, device), send(labels, device)
 
     def to(self, device: torch.device) -> TokenFileSource:
         """Itself: samples go where the draws are."""

@@ -17,6 +17,13 @@ from torch import Tensor
 from softdimo_fast.ops.reference import random as philox
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``. What the host made is copied without waiting for the device's queue."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # a copy from other memory may wait
+    return tensor.to(device, non_blocking=True)
+
+
 @lru_cache(maxsize=4096)
 def _stream_key(seed: int, stream: str) -> int:
     """A signed 64-bit Philox key: streams of one seed are independent of each other."""

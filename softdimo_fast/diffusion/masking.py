@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from softdimo_fast.diffusion.draws import Draws
+from softdimo_fast.diffusion.draws import Draws, send
 
 MaskSchedule = Literal["linear", "square", "cosine", "arccos", "mage"]
 MASK_SCHEDULES: tuple[str, ...] = ("linear", "square", "cosine", "arccos", "mage")
@@ -121,8 +121,7 @@ def draw_mask(
     host, device = draws.on_host, draws.samples.device
     counts = draw_masked_count(host, stream, schedule, math.prod(token_shape))
     found = MaskedRows.find(random_mask(counts, host.uniform(f"{stream}/positions", *token_shape)))
-    sent = (t.to(device, non_blocking=True) for t in (found.mask, found.rows, found.counts))
-    return MaskedRows(*sent)
+    return MaskedRows(*(send(t, device) for t in (found.mask, found.rows, found.counts)))
 
 
 def draw_masked_count(draws: Draws, stream: str, schedule: MaskSchedule, positions: int) -> Tensor:

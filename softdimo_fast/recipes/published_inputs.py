@@ -14,7 +14,7 @@ from torch import Tensor
 from softdimo_fast import _config
 from softdimo_fast.data.prompts import PromptConditions, PromptFile
 from softdimo_fast.data.source import UniformConditions
-from softdimo_fast.diffusion import Draws
+from softdimo_fast.diffusion.draws import Draws, send
 from softdimo_fast.models import describe
 from softdimo_fast.models.conditions import Condition
 from softdimo_fast.recipes.published_models import classes_of
@@ -110,10 +110,7 @@ class Captioned:
         """Tokens ``[B, *token_shape]`` and conditions."""
         # Drawn on the host, which must read the numbers: reading them back would wait for the device.
         tokens, labels = self.source(draws.on_host)
-        device = draws.samples.device
-        if device.type == "cuda":
-            tokens = tokens.pin_memory()
-        return tokens.to(device, non_blocking=True), self.inputs.numbered(labels)
+        return send(tokens, draws.samples.device), self.inputs.numbered(labels)
 
 
 def _read_prompts(owner: object, path: str) -> PromptFile:

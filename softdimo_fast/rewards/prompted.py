@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softdimo_fast.data.prompts import EncodedPrompts
+from softdimo_fast.diffusion.draws import send
 from softdimo_fast.models.conditions import Condition, map_condition
 
 CLIP_MEAN, CLIP_STD = (
@@ -83,11 +84,11 @@ class PromptedReward(nn.Module):
             )
         if self._table is None:
             found = self._encoded(numbers.tolist())
-            return map_condition(lambda t: t.to(images.device, non_blocking=True), found)
+            return map_condition(lambda t: send(t, images.device), found)
         known = self.known(numbers)
         if numbers.device.type == "cpu":
             self._check_known(numbers, known)
-        safe = torch.where(known, numbers, 0).to(images.device, non_blocking=True)
+        safe = send(torch.where(known, numbers, 0), images.device)
         return map_condition(lambda t: t.to(images.device)[safe], self._table)
 
     def _check_known(self, numbers: Tensor, known: Tensor) -> None:

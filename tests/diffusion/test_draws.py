@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from support.checks import assert_same_bits
 from torch import Tensor
 
 from softdimo_fast.diffusion import Draws
+from softdimo_fast.diffusion.draws import send
 
 KINDS = ("uniform", "normal", "integers")
 
@@ -107,3 +109,25 @@ def test_shapes_without_numbers() -> None:
     assert draws.integers("i", 4).shape == (3,)
     assert Draws.of(0, 0, 0).uniform("u", 4).shape == (0, 4)
     assert Draws.of(0, 0, 0).normal("u", 3).shape == (0, 3)
+
+
+def test_what_is_sent_to_a_gpu_is_pinned_and_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[Any] = []
+
+    def pin_memory(tensor: Tensor) -> Tensor:
+        calls.append("pinned")
+        return tensor
+
+    def to(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+        calls.append((*args, options))
+        return tensor
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Tensor, "pin_memory", pin_memory)
+        patched.setattr(Tensor, "to", to)
+        for device in (torch.device("cuda"), torch.device("cpu")):
+            send(torch.arange(3), device)
+    gpu, cpu = ((torch.device(name), {"non_blocking": True}) for name in ("cuda", "cpu"))
+    assert calls == ["pinned", gpu, cpu]

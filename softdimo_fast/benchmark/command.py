@@ -117,11 +117,17 @@ def _measure(out: Path, chosen: Settings) -> None:
         expected.append(nominal_start(chosen))
         expected += [nominal_seconds(case, chosen, allocator) for case in left]
     count = sum(map(len, waiting.values()))
+    where = "a GPU" if chosen.device == "cuda" else f"{chosen.threads} threads"
     print(
-        f"{count} cases on {chosen.threads} threads, about {duration(sum(expected))} on two cores of a "
-        "server of 2023. Leave the machine alone meanwhile; Ctrl-C stops, --resume goes on.",
+        f"{count} cases on {where}, about {duration(sum(expected))} (as two cores of a server of 2023 take). "
+        "Leave the machine alone meanwhile; Ctrl-C stops, --resume goes on.",
         flush=True,
     )
+    busy = os.getloadavg()[0]
+    if busy > 0.5:
+        print(
+            f"The machine is busy: {busy:.1f} processes on average in the last minute.", flush=True
+        )
     display = Display(expected)
     try:
         for allocator in waiting:

@@ -33,6 +33,7 @@ def facts(device: str, threads: int) -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "threads": str(threads),
         "huge pages": _huge_pages(),
+        "load": f"{os.getloadavg()[0]:.1f} processes in the minute before",
     }
     if device == "cuda":
         found |= _device_facts()

@@ -72,14 +72,13 @@ def _ceilings(results: Results) -> str:
 
 
 def _operator(results: Results, name: str) -> str:
-    kernels = "; ".join(results.kernels.get(name, []))
     more = tables.details(results, name)
     body = (
-        f'<figure class="plot">{plots.chart(results, name)}</figure>'
+        plots.chart(results, name)
         + _table(f"{name}-ratios", tables.ratios(results, name))
         + _html.folded("Memory, errors, compilation", _table(f"{name}-details", more))
     )
-    return _html.section(name, name, body, f"Ours: {kernels}.")
+    return _html.section(name, name, body, tables.in_short(results, name))
 
 
 def _missing(results: Results) -> str:

@@ -149,6 +149,22 @@ def ratios(results: Results, operator: str) -> Table:
     return Table(f"{operator}: times of others over ours", headings, list(groups.values()))
 
 
+def in_short(results: Results, operator: str) -> str:
+    """What ran as ours, and how it stands against each comparator with the default allocator."""
+    kernels = "; ".join(results.kernels.get(operator, []))
+    parts = [f"Ours: {kernels}."]
+    rows = [
+        row for row in results.matching(operator=operator, allocator=DEFAULT) if not row.backend
+    ]
+    for name in in_order(row.implementation for row in rows):
+        mine = sorted(row.ratio for row in rows if row.implementation == name)
+        faster = sum(ratio > 1 for ratio in mine)
+        parts.append(
+            f"Over {name}: {number(mine[0])} to {number(mine[-1])}, faster in {faster} of {len(mine)}."
+        )
+    return " ".join(parts)
+
+
 def _share(row: Row) -> str:
     return DASH if row.share is None else f"{row.share:.0%} {row.bound}"
 
@@ -213,8 +229,11 @@ def markdown(results: Results) -> str:
     parts += ["## Ceilings", words.CEILING_WORDS, _markdown(ceilings(results))]
     parts += ["## Bars", words.BAR_WORDS, _markdown(bar_table(results))]
     for operator in operators(results):
-        kernels = "; ".join(results.kernels.get(operator, []))
-        parts += [f"## {operator}", f"Ours: {kernels}.", _markdown(ratios(results, operator))]
+        parts += [
+            f"## {operator}",
+            in_short(results, operator),
+            _markdown(ratios(results, operator)),
+        ]
         parts.append(_markdown(details(results, operator)))
     if results.missing:
         parts += ["## Not run", _markdown(missing(results))]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from softdimo_fast.benchmark.cases import Case
 from softdimo_fast.benchmark.workloads import (
     distribution_matching_loss,
@@ -37,7 +39,9 @@ def build(case: Case, device: str = "cpu", *, tiny: bool = False) -> Workload:
         device: "cpu" or "cuda".
         tiny: small sizes, for tests.
     """
-    workload = _BUILDERS[case.operator](Maker(case, device, tiny=tiny))
+    # What explain says of a call depends on autocast too.
+    with torch.autocast(device, torch.bfloat16, enabled=case.dtype == "autocast"):
+        workload = _BUILDERS[case.operator](Maker(case, device, tiny=tiny))
     for name in workload.wanted:
         workload.inputs[name].requires_grad_()
     return workload

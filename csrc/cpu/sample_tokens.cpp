@@ -37,6 +37,7 @@ struct Row {
   const T* z;  // -inf where dropped, and beyond the entries
   T top, t;
   uint64_t id;
+  bool truncated;
 };
 
 template <class T>
@@ -63,14 +64,27 @@ struct Chunk {
   alignas(64) float word[kScoreChunk];
 };
 
+// Whether truncation left none of kUniformStep entries.
+template <class T>
+bool all_dropped(const T* z) {
+  Vec<T> best = load(z);
+  for (int64_t v = kLanes<T>; v < kUniformStep; v += kLanes<T>) best = load(z + v) > best ? load(z + v) : best;
+  return lane_bits(best > static_cast<T>(-HUGE_VAL)) == 0;
+}
+
 // Scores entries [first, first + count), rounded up to kUniformStep; returns the best.
 template <class T>
-float score_chunk(const Row<T>& row, const RoundKeys& keys, uint32_t offset, int64_t first, int64_t count,
+float score_chunk(const Row<T> row, const RoundKeys& keys, uint32_t offset, int64_t first, int64_t count,
                   Chunk& chunk) {
   const double slope = 1.0 / static_cast<double>(row.t);
   const float factor = static_cast<float>(slope < 1e30 ? slope : 1e30) * kUnit;  // finite: a bound stays a bound
   Vec<float> best = splat(-HUGE_VALF);
   for (int64_t v = 0; v < count; v += kUniformStep) {
+    if (row.truncated && all_dropped(row.z + first + v)) {  // then no random words are needed
+      store(chunk.score + v, splat(-HUGE_VALF));
+      store(chunk.score + v + kLanes<float>, splat(-HUGE_VALF));
+      continue;
+    }
     const WordVecs words = philox_words(keys, row.id, static_cast<uint32_t>((first + v) / 4), offset);
     const UintVec halves[2] = {words.first, words.second};
     for (int half = 0; half < 2; ++half) {
@@ -183,7 +197,7 @@ void draw(const SampleTokens& s, int64_t begin, int64_t end) {
     if (valid) {
       if (truncates) truncate_entries(s, t, z.get(), x.get(), scratch.get());
       const int64_t id = s.row_ids != nullptr ? s.row_ids[n] : n;
-      token = best_entry(s, keys, Row<T>{z.get(), top, t, static_cast<uint64_t>(id)});
+      token = best_entry(s, keys, Row<T>{z.get(), top, t, static_cast<uint64_t>(id), truncates});
     }
     s.tokens[n] = token;
     if (s.log_prob == nullptr) continue;

@@ -256,6 +256,8 @@ SOFTDIMO_ALWAYS_INLINE void narrow(const T* in, int64_t n, void* target, DType d
   }
 }
 
+typedef int64_t LongVec __attribute__((vector_size(SOFTDIMO_SIMD_BYTES)));
+
 // Bit i is set where lane i of a comparison holds.
 SOFTDIMO_ALWAYS_INLINE uint32_t lane_bits(IntVec mask) {
 #if SOFTDIMO_SIMD_BYTES == 64 && defined(__AVX512DQ__)
@@ -268,6 +270,35 @@ SOFTDIMO_ALWAYS_INLINE uint32_t lane_bits(IntVec mask) {
   uint32_t lanes = 0;
   for (int i = 0; i < kLanes<float>; ++i) lanes |= mask[i] != 0 ? 1u << i : 0u;
   return lanes;
+#endif
+}
+SOFTDIMO_ALWAYS_INLINE uint32_t lane_bits(LongVec mask) {
+#if SOFTDIMO_SIMD_BYTES == 64 && defined(__AVX512DQ__)
+  return _mm512_movepi64_mask((__m512i)mask);
+#elif SOFTDIMO_SIMD_BYTES == 32 && defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_pd((__m256d)mask));
+#elif SOFTDIMO_SIMD_BYTES == 16 && defined(__SSE2__)
+  return static_cast<uint32_t>(_mm_movemask_pd((__m128d)mask));
+#else
+  uint32_t lanes = 0;
+  for (int i = 0; i < kLanes<double>; ++i) lanes |= mask[i] != 0 ? 1u << i : 0u;
+  return lanes;
+#endif
+}
+
+// Writes the lanes whose bit is set one after another, and may write a whole vector.
+SOFTDIMO_ALWAYS_INLINE void store_lanes(float* p, Vec<float> v, uint32_t lanes) {
+#if SOFTDIMO_SIMD_BYTES == 64 && defined(__AVX512F__)
+  store(p, (Vec<float>)_mm512_maskz_compress_ps(static_cast<__mmask16>(lanes), (__m512)v));
+#else
+  for (; lanes != 0; lanes &= lanes - 1) *p++ = v[__builtin_ctz(lanes)];
+#endif
+}
+SOFTDIMO_ALWAYS_INLINE void store_lanes(double* p, Vec<double> v, uint32_t lanes) {
+#if SOFTDIMO_SIMD_BYTES == 64 && defined(__AVX512F__)
+  store(p, (Vec<double>)_mm512_maskz_compress_pd(static_cast<__mmask8>(lanes), (__m512d)v));
+#else
+  for (; lanes != 0; lanes &= lanes - 1) *p++ = v[__builtin_ctz(lanes)];
 #endif
 }
 

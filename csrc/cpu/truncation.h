@@ -65,16 +65,18 @@ struct Cut {
 template <class T>
 Cut<T> cut(const Weighed<T>& row, T at) {
   constexpr int64_t kChunk = 32 * kLanes<T>;  // summed in T
-  Vec<T> most = splat(static_cast<T>(-HUGE_VAL)), least = splat(static_cast<T>(HUGE_VAL));
+  const Vec<T> lowest = splat(static_cast<T>(-HUGE_VAL)), highest = splat(static_cast<T>(HUGE_VAL));
   const Vec<T> one = splat(T(1));
+  Vec<T> most = lowest, least = highest;
   double above = 0;
   for (int64_t first = 0; first < row.count; first += kChunk) {
     Vec<T> sum{};
     for (int64_t v = first; v < smaller(first + kChunk, row.count); v += kLanes<T>) {
       const Vec<T> x = load(row.x + v), weight = row.weight != nullptr ? load(row.weight + v) : one;
+      const Vec<T> high = x > at ? x : highest, low = x > at ? lowest : x;
       sum += x > at ? weight : Vec<T>{};
-      most = (x <= at) & (x > most) ? x : most;
-      least = (x > at) & (x < least) ? x : least;
+      most = low > most ? low : most;
+      least = high < least ? high : least;
     }
     above += static_cast<double>(lane_sum<T>(sum));
   }
@@ -94,22 +96,24 @@ SOFTDIMO_ALWAYS_INLINE double between(double a, double b) {
   return bits<double>(mid ^ (mid >> 63 & INT64_MAX));
 }
 
-// Copies what lies in [least, most] to x and weight (which may be the row itself); returns the new row.
+// Copies what lies in [least, most] to x, and its weights, if it has any, to weight; both may be the row itself.
 template <class T>
 Weighed<T> gather(const Weighed<T>& row, T least, T most, T* x, T* weight) {
   int64_t count = 0;
-  for (int64_t v = 0; v < row.count; ++v) {
-    const T value = row.x[v], own = row.weight != nullptr ? row.weight[v] : T(1);
-    x[count] = value;
-    weight[count] = own;
-    count += value >= least && value <= most ? 1 : 0;
+  for (int64_t v = 0; v < row.count; v += kLanes<T>) {
+    const Vec<T> value = load(row.x + v);
+    const uint32_t lanes = lane_bits((value >= least) & (value <= most));
+    if (lanes == 0) continue;
+    store_lanes(x + count, value, lanes);
+    if (row.weight != nullptr) store_lanes(weight + count, load(row.weight + v), lanes);
+    count += __builtin_popcount(lanes);
   }
   const int64_t end = whole_vectors<T>(count);
   for (int64_t v = count; v < end; ++v) {
     x[v] = static_cast<T>(-HUGE_VAL);
     weight[v] = T(0);
   }
-  return {x, weight, end};
+  return {x, row.weight != nullptr ? weight : nullptr, end};
 }
 
 template <class T>
@@ -145,53 +149,55 @@ Boundary<T> find_boundary(Weighed<T> row, T least, T most, double target, T* x, 
 template <class T>
 int64_t last_equal(const T* x, int64_t count, T value, int64_t wanted) {
   int64_t last = -1;
-  for (int64_t v = 0; v < count && wanted > 0; ++v) {
-    last = x[v] == value ? v : last;
-    wanted -= x[v] == value ? 1 : 0;
+  for (int64_t v = 0; v < count && wanted > 0; v += kLanes<T>) {
+    for (uint32_t lanes = lane_bits(load(x + v) == value); lanes != 0 && wanted > 0; lanes &= lanes - 1) {
+      last = v + __builtin_ctz(lanes);
+      --wanted;
+    }
   }
-  return last;
+  return smaller(last, count - 1);
 }
 
-// What top_p keeps of what top_k kept, which has `ties` entries at its threshold. row.weight: exp(x - most).
+// How many of the entries that weigh `own` and follow entries that weigh `above` top_p keeps, of at most `most`.
 template <class T>
-Kept<T> nucleus(const Weighed<T>& row, const Kept<T>& kept, int64_t ties, T most, double top_p, T* x, T* weight) {
-  double total = cut(row, kept.threshold).above;
-  if (ties > 0) total += static_cast<double>(ties) * static_cast<double>(row.weight[kept.last]);
-  const Boundary<T> edge = find_boundary(row, kept.threshold, most, top_p * total, x, weight);
-  const int64_t end = edge.value == kept.threshold ? kept.last + 1 : row.count;
-  double mass = edge.above / total;
-  int64_t last = -1;
-  for (int64_t v = 0; v < end; ++v) {
-    if (row.x[v] != edge.value) continue;
-    const T own = static_cast<T>(static_cast<double>(row.weight[v]) / total);
-    mass += static_cast<double>(own);
-    const T before = static_cast<T>(mass) - own;
-    const bool best = edge.value == most && last < 0;  // always kept
-    if (!best && !(before < static_cast<T>(top_p))) break;
-    last = v;
+int64_t kept_ties(double above, double own, double total, double top_p, int64_t most) {
+  const T share = static_cast<T>(own / total);
+  double mass = above / total;
+  int64_t kept = 0;
+  for (; kept < most; ++kept) {
+    mass += static_cast<double>(share);
+    const bool best = above == 0 && kept == 0;  // always kept
+    if (!best && !(static_cast<T>(mass) - share < static_cast<T>(top_p))) break;
   }
-  return {edge.value, last};
+  return kept;
 }
 
-// top_k: 0 keeps all. top_p: 1 keeps all. x: count entries, then -inf up to whole_vectors. A row with +inf keeps, under
-// top_p, the first one alone.
+// top_k: 0 keeps all. top_p: 1 keeps all. x: count entries, then -inf up to whole_vectors. Under top_p a row whose
+// maximum is infinite keeps the first such entry alone.
 template <class T>
 Kept<T> truncate_row(const T* x, int64_t count, int64_t top_k, double top_p, T* scratch) {
   const int64_t end = whole_vectors<T>(count);
-  const Weighed<T> row{x, nullptr, end};
+  Weighed<T> row{x, nullptr, end};
   const T lowest = static_cast<T>(-HUGE_VAL), most = cut(row, static_cast<T>(HUGE_VAL)).most;
   Kept<T> kept = {lowest, count - 1};
-  int64_t ties = 0;
+  int64_t ties = 0;  // entries kept at the threshold
   if (top_k > 0 && top_k < count) {
     const Boundary<T> edge = find_boundary(row, lowest, most, static_cast<double>(top_k), scratch, scratch + end);
     ties = top_k - static_cast<int64_t>(edge.above);
     kept = {edge.value, last_equal(x, count, edge.value, ties)};
   }
   if (!(top_p < 1)) return kept;
-  if (!(most < static_cast<T>(HUGE_VAL))) return {most, last_equal(x, count, most, 1)};
+  if (!(most - most == T(0))) return {most, last_equal(x, count, most, 1)};  // infinite
+  if (ties > 0) row = gather(row, kept.threshold, most, scratch, scratch + end);
   T* weight = scratch + 2 * end;
-  for (int64_t v = 0; v < end; v += kLanes<T>) store(weight + v, exp_nonpositive(load(x + v) - most));
-  return nucleus({x, weight, end}, kept, ties, most, top_p, scratch, scratch + end);
+  for (int64_t v = 0; v < row.count; v += kLanes<T>) store(weight + v, exp_nonpositive(load(row.x + v) - most));
+  row.weight = weight;
+  const auto weigh = [&](T value) { return static_cast<double>(exp_nonpositive(splat(value - most))[0]); };
+  double total = cut(row, kept.threshold).above;
+  if (ties > 0) total += static_cast<double>(ties) * weigh(kept.threshold);
+  const Boundary<T> edge = find_boundary(row, kept.threshold, most, top_p * total, scratch, scratch + end);
+  const int64_t equal = edge.value == kept.threshold ? ties : count;
+  return {edge.value, last_equal(x, count, edge.value, kept_ties<T>(edge.above, weigh(edge.value), total, top_p, equal))};
 }
 
 }  // namespace softdimo::cpu::SOFTDIMO_ISA

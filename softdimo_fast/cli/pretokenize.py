@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from softdimo_fast.cli.arguments import CaptionFile, DeviceName
 from softdimo_fast.cli.errors import UsageError, require_folder
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -63,18 +64,14 @@ def run(
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")],
     tokenizer: str,
     out: Path,
-    captions: Annotated[
-        Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(optional)")
-    ] = None,
+    captions: CaptionFile = None,
     caption_key: str = "text",
     size: int = 256,
     batch_size: int = 32,
     flip: bool = False,
     bad_share: float = 0.001,
     workers: int = 4,
-    device: Annotated[
-        str | None, tyro.conf.arg(metavar="DEVICE", help_behavior_hint="(default: cuda, else cpu)")
-    ] = None,
+    device: DeviceName = None,
     family: str | None = None,
     revision: str | None = None,
 ) -> int:
@@ -89,8 +86,8 @@ def run(
     begins anew.
 
     Args:
-        folder: of class folders; labels count them in sorted order, and images are found at any depth. With
-            captions, the folder that the images' names start from.
+        folder: of class folders, counted in sorted order, with images at any depth; with captions, where
+            the images' names start from.
         tokenizer: a model file or folder, or a hub id owner/name[/path] (see softdimo export).
         out: the token file to make (.sdt); images that could not be read are listed beside it.
         captions: a metadata.jsonl as Hugging Face's imagefolder has it: one JSON object a line, with the
@@ -105,23 +102,14 @@ def run(
         family: of a published tokenizer file, if its keys should not tell.
         revision: of a hub repository: a commit.
     """
-    from softdimo_fast import _config
-    from softdimo_fast.models import from_pretrained
-    from softdimo_fast.models.protocol import Tokenizer
-
-    for name, value in (("--size", size), ("--batch-size", batch_size), ("--workers", workers)):
-        _config.require_range("", name, value, minimum=1)
-    _config.require_range("", "--bad-share", bad_share, minimum=0, maximum=1)
+    _require_range(1, None, size=size, batch_size=batch_size, workers=workers)
+    _require_range(0, 1, bad_share=bad_share)
     _require_pillow()
     found = (
         find_images(folder) if captions is None else captioned_images(folder, captions, caption_key)
     )
     require_folder("--out: its parent", out.parent)
-    model = from_pretrained(tokenizer, family=family, revision=revision)
-    if not isinstance(model, Tokenizer):
-        raise UsageError(
-            f"--tokenizer must be a tokenizer, got a {type(model).__name__} in {tokenizer}"
-        )
+    model = _load_tokenizer(tokenizer, family, revision)
     skipped = _Skipped(len(found.images), bad_share)
     count, labels = _encode_all(
         model.to(_device(device)), found, skipped, out,
@@ -130,6 +118,26 @@ def run(
     )  # fmt: skip
     print(f"{count} images {labels} in {out}{skipped.report(out)}")
     return 0
+
+
+def _require_range(minimum: float, maximum: float | None, **options: float) -> None:
+    from softdimo_fast import _config
+
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        _config.require_range("", option, value, minimum=minimum, maximum=maximum)
+
+
+def _load_tokenizer(source: str, family: str | None, revision: str | None) -> Any:
+    from softdimo_fast.models import from_pretrained
+    from softdimo_fast.models.protocol import Tokenizer
+
+    model = from_pretrained(source, family=family, revision=revision)
+    if not isinstance(model, Tokenizer):
+        raise UsageError(
+            f"--tokenizer must be a tokenizer, got a {type(model).__name__} in {source}"
+        )
+    return model
 
 
 def find_images(folder: Path) -> ImageFiles:

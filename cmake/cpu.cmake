@@ -8,10 +8,12 @@ set(kernel_flags -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall
 set(product_sources
     csrc/cpu/linear_soft_embedding.cpp
     csrc/cpu/masked_attention.cpp
-    csrc/cpu/soft_embedding.cpp)
+    csrc/cpu/soft_embedding_backward.cpp
+    csrc/cpu/soft_embedding_forward.cpp)
 set(vector_sources
     csrc/cpu/masked_cross_entropy.cpp
     csrc/cpu/sample_tokens.cpp
+    csrc/cpu/soft_embedding_by_row.cpp
     csrc/cpu/token_statistics.cpp)
 set(bindings
     csrc/bind_cpu/library.cpp

@@ -11,15 +11,18 @@ STABLE_TORCH_LIBRARY(softdimo, m) {
   m.def("compiled_cpu_isas() -> str");
 
   // soft: the soft value in the statistics' dtype, where `output` is not it (a half codebook, or hard).
+  // row_threshold, row_last: what truncation keeps, x > threshold and x = threshold up to index last; empty without.
   m.def(
       "soft_embedding(Tensor logits, Tensor codebook, float temperature, Tensor? row_temperature, Tensor? mask, "
-      "Tensor? mask_embedding, Tensor? seed, Tensor? row_ids, bool hard) "
-      "-> (Tensor output, Tensor row_max, Tensor row_sum, Tensor soft)");
+      "Tensor? mask_embedding, Tensor? seed, Tensor? row_ids, int? top_k, float? top_p, bool high_precision, "
+      "bool hard) -> (Tensor output, Tensor row_max, Tensor row_sum, Tensor soft, Tensor row_threshold, "
+      "Tensor row_last)");
   // wanted: gradients to logits, codebook, row_temperature, mask_embedding.
   m.def(
       "soft_embedding_backward(Tensor grad, Tensor logits, Tensor codebook, float temperature, "
-      "Tensor? row_temperature, Tensor? mask, Tensor? mask_embedding, Tensor? seed, Tensor? row_ids, "
-      "Tensor row_max, Tensor row_sum, Tensor soft, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? row_temperature, Tensor? mask, Tensor? mask_embedding, Tensor? seed, Tensor? row_ids, int? top_k, "
+      "float? top_p, bool high_precision, Tensor row_max, Tensor row_sum, Tensor soft, Tensor row_threshold, "
+      "Tensor row_last, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
   // The loss of every row, or their sum or mean; max and rest are saved for backward.
   m.def(
       "masked_cross_entropy(Tensor logits, Tensor targets, Tensor? mask, float label_smoothing, str reduction) "

@@ -6,13 +6,37 @@
 namespace softdimo::cpu {
 namespace {
 
-const SoftEmbeddingTable& soft_embedding_table() { return SOFTDIMO_PRODUCT_TABLE(soft_embedding_table); }
+// How a call computes.
+struct Settings {
+  ScalarType compute;
+  bool bfloat16;        // products of bfloat16
+  bool high_precision;  // in two terms
+};
+
+// The kernels of a call's products.
+template <class Kernels>
+const Kernels& choose(const ByProduct<Kernels>& table, const SoftEmbedding& s, const Settings& settings) {
+  if (settings.compute == ScalarType::Double) return table.float64;
+  if (sums_in_double(s)) return table.float32_sums_in_double;
+  if (settings.bfloat16) return settings.high_precision ? table.bfloat16_two_terms : table.bfloat16;
+  return table.float32;
+}
+
+const ForwardKernels& forward_kernels(const SoftEmbedding& s, const Settings& settings) {
+  return choose<ForwardKernels>(SOFTDIMO_PRODUCT_TABLE(soft_embedding_forward_table), s, settings);
+}
+const BackwardKernels& backward_kernels(const SoftEmbedding& s, const Settings& settings) {
+  return choose<BackwardKernels>(SOFTDIMO_PRODUCT_TABLE(soft_embedding_backward_table), s, settings);
+}
+const RowKernels& row_kernels(ScalarType type) {
+  const SoftEmbeddingRowTable& table = SOFTDIMO_TABLE(soft_embedding_row_table);
+  return type == ScalarType::Double ? table.float64 : table.float32;
+}
 
 // A call with everything it points at.
 struct Prepared {
   SoftEmbedding call{};
-  ScalarType compute;
-  SoftEmbeddingKernels kernels;
+  Settings settings;
   std::vector<Tensor> kept;
 
   template <class T>
@@ -42,12 +66,14 @@ void check_shapes(const Tensor& logits, const Tensor& codebook, const OptionalTe
 
 Prepared prepare(const Tensor& logits, const Tensor& codebook, double temperature,
                  const OptionalTensor& row_temperature, const OptionalTensor& mask,
-                 const OptionalTensor& mask_embedding, const OptionalTensor& seed, const OptionalTensor& row_ids) {
+                 const OptionalTensor& mask_embedding, const OptionalTensor& seed, const OptionalTensor& row_ids,
+                 bool high_precision) {
   check_shapes(logits, codebook, mask, mask_embedding, row_ids);
   Prepared prepared;
   const bool wide = is_double(logits) || is_double(codebook) || is_double(row_temperature) || is_double(mask_embedding);
-  prepared.compute = wide ? ScalarType::Double : ScalarType::Float;
-  prepared.kernels = wide ? soft_embedding_table().float64 : soft_embedding_table().float32;
+  const ScalarType compute = wide ? ScalarType::Double : ScalarType::Float;
+  const bool half = codebook.scalar_type() == ScalarType::BFloat16 && active_isa() >= Isa::avx512_bf16;
+  prepared.settings = {compute, half, high_precision};
 
   SoftEmbedding& s = prepared.call;
   s.rows = product(leading_shape(logits));
@@ -64,13 +90,13 @@ Prepared prepare(const Tensor& logits, const Tensor& codebook, double temperatur
   s.temperature = wide ? usable_temperature<double>(temperature) : usable_temperature<float>(temperature);
   if (row_temperature.has_value()) {
     s.row_temperature = prepared.keep<void>(
-        wide ? row_temperatures<double>(logits, *row_temperature, prepared.compute)
-             : row_temperatures<float>(logits, *row_temperature, prepared.compute));
+        wide ? row_temperatures<double>(logits, *row_temperature, compute)
+             : row_temperatures<float>(logits, *row_temperature, compute));
   }
   if (mask.has_value()) {
     s.mask = prepared.keep<bool>(torch::stable::contiguous(*mask));
     s.mask_embedding =
-        prepared.keep<void>(torch::stable::contiguous(torch::stable::to(*mask_embedding, prepared.compute)));
+        prepared.keep<void>(torch::stable::contiguous(torch::stable::to(*mask_embedding, compute)));
   }
   if (seed.has_value()) {
     STD_TORCH_CHECK(seed->numel() == 2 && seed->scalar_type() == ScalarType::Long, "softdimo: seed must be int64 [2]");
@@ -80,40 +106,68 @@ Prepared prepare(const Tensor& logits, const Tensor& codebook, double temperatur
     s.offset = static_cast<uint32_t>(pair[1]);
     if (row_ids.has_value()) s.row_ids = prepared.keep<int64_t>(torch::stable::contiguous(*row_ids));
   }
-  Tensor packed = output(logits, {prepared.kernels.packed_size(s.groups, s.vocabulary, s.width)}, prepared.compute);
-  parallel_rows(s.rows > 0 ? s.groups * s.vocabulary : 0, [&](int64_t begin, int64_t end) {
-    prepared.kernels.pack_codebook(s, packed.mutable_data_ptr(), begin, end);
-  });
-  s.packed_codebook = prepared.keep<void>(packed);
   return prepared;
 }
 
-// Blocks small enough that every thread has a few; a row's result does not depend on its block.
-int64_t forward_block_rows(int64_t positions, int64_t groups) {
-  const int64_t tasks = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
-  return std::clamp<int64_t>(positions * groups / std::max<int64_t>(tasks, 1) / 14 * 14, 14, kBlockRows);
+// The codebook as the kernels' products take it.
+template <class Kernels>
+void pack_codebook(Prepared& prepared, const Tensor& like, const Kernels& kernels) {
+  SoftEmbedding& s = prepared.call;
+  Tensor packed = output(like, {kernels.packed_bytes(s)}, ScalarType::Byte);
+  parallel_rows(s.rows > 0 ? s.groups * s.vocabulary : 0, [&](int64_t begin, int64_t end) {
+    kernels.pack(s, packed.mutable_data_ptr(), begin, end);
+  });
+  s.packed_codebook = prepared.keep<void>(packed);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> soft_embedding(
+// Blocks small enough that every thread has a few; a row's result does not depend on its block.
+int64_t forward_block_rows(const SoftEmbedding& s, bool bfloat16) {
+  const int64_t tasks = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t step = bfloat16 ? 32 : 14, most = bfloat16 ? kBlockRows : kWideRows;
+  return std::clamp<int64_t>(s.rows / std::max<int64_t>(tasks, 1) / step * step, step, most);
+}
+
+// Finds what truncation keeps of each row and tells the call; two empty tensors where nothing is truncated.
+std::tuple<Tensor, Tensor> truncated(Prepared& prepared, const Tensor& logits, std::optional<int64_t> top_k,
+                                     std::optional<double> top_p) {
+  const bool truncates = top_k.has_value() || top_p.has_value();
+  const Shape shape = truncates ? leading_shape(logits) : Shape{0};
+  Tensor threshold = torch::stable::new_empty(logits, shape, prepared.settings.compute);
+  Tensor last = torch::stable::new_empty(logits, shape, ScalarType::Long);
+  if (!truncates) return {threshold, last};
+  SoftEmbedding& s = prepared.call;
+  const Truncate job{s, top_k.value_or(0), top_p.value_or(1.0), threshold.mutable_data_ptr(),
+                     static_cast<int64_t*>(last.mutable_data_ptr())};
+  parallel(s.rows, [&](int64_t begin, int64_t end) { row_kernels(prepared.settings.compute).truncate(job, begin, end); });
+  s.row_threshold = job.row_threshold;
+  s.row_last = job.row_last;
+  return {threshold, last};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_embedding(
     const Tensor& logits, const Tensor& codebook, double temperature, const OptionalTensor& row_temperature,
     const OptionalTensor& mask, const OptionalTensor& mask_embedding, const OptionalTensor& seed,
-    const OptionalTensor& row_ids, bool hard) {
-  const Prepared prepared =
-      prepare(logits, codebook, temperature, row_temperature, mask, mask_embedding, seed, row_ids);
+    const OptionalTensor& row_ids, std::optional<int64_t> top_k, std::optional<double> top_p, bool high_precision,
+    bool hard) {
+  Prepared prepared =
+      prepare(logits, codebook, temperature, row_temperature, mask, mask_embedding, seed, row_ids, high_precision);
   const SoftEmbedding& s = prepared.call;
+  const ScalarType compute = prepared.settings.compute;
+  const ForwardKernels& kernels = forward_kernels(s, prepared.settings);
+  pack_codebook(prepared, logits, kernels);
+  const auto [threshold, last] = truncated(prepared, logits, top_k, top_p);
   const Shape rows = leading_shape(logits), shape = with(rows, s.width);
   Tensor value = output(codebook, shape, codebook.scalar_type());
-  Tensor row_max = output(logits, rows, ScalarType::Double), row_sum = output(logits, rows, prepared.compute);
-  const bool keeps_soft = hard || codebook.scalar_type() != prepared.compute;
-  Tensor soft = keeps_soft ? output(logits, shape, prepared.compute)
-                           : torch::stable::new_empty(logits, {0}, prepared.compute);
+  Tensor row_max = output(logits, rows, ScalarType::Double), row_sum = output(logits, rows, compute);
+  const bool keeps_soft = hard || codebook.scalar_type() != compute;
+  Tensor soft = keeps_soft ? output(logits, shape, compute) : torch::stable::new_empty(logits, {0}, compute);
 
-  const int64_t positions = s.rows / s.groups, block = forward_block_rows(positions, s.groups);
+  const int64_t positions = s.rows / s.groups, block = forward_block_rows(s, prepared.settings.bfloat16);
   const Forward job{s, hard, block, value.mutable_data_ptr(), static_cast<double*>(row_max.mutable_data_ptr()),
                     row_sum.mutable_data_ptr(), keeps_soft ? soft.mutable_data_ptr() : nullptr};
   parallel(s.groups * ((positions + block - 1) / block),
-           [&](int64_t begin, int64_t end) { prepared.kernels.forward(job, begin, end); });
-  return {value, row_max, row_sum, soft};
+           [&](int64_t begin, int64_t end) { kernels.forward(job, begin, end); });
+  return {value, row_max, row_sum, soft, threshold, last};
 }
 
 // How the backward is cut into tasks: by shapes alone, so that sums over rows form the same tree on any machine.
@@ -122,7 +176,7 @@ struct Cut {
 };
 
 Cut backward_cut(const SoftEmbedding& s) {
-  constexpr int64_t kTasks = 64, kLeastRows = 4 * kBlockRows, kMostPartialBytes = int64_t{32} << 20;
+  constexpr int64_t kTasks = 64, kLeastRows = 4 * kWideRows, kMostPartialBytes = int64_t{32} << 20;
   const int64_t tile = std::min<int64_t>(s.width > 256 ? 128 : kVocabularyChunk, (s.vocabulary + 3) / 4 * 4);
   const int64_t tiles = (s.vocabulary + tile - 1) / tile;
   const int64_t table_bytes = s.groups * s.vocabulary * s.width * static_cast<int64_t>(sizeof(double));
@@ -133,8 +187,7 @@ Cut backward_cut(const SoftEmbedding& s) {
 
 Tensor reduced(const Tensor& parts, int64_t count, const Tensor& like) {
   Tensor out = output(like, leading_shape(like, 0), like.scalar_type());
-  const bool wide = parts.scalar_type() == ScalarType::Double;
-  const SoftEmbeddingKernels& kernels = wide ? soft_embedding_table().float64 : soft_embedding_table().float32;
+  const RowKernels& kernels = row_kernels(parts.scalar_type());
   const int64_t n = out.numel();
   parallel_rows(n, [&](int64_t begin, int64_t end) {
     kernels.reduce(parts.const_data_ptr(), count, n, out.mutable_data_ptr(), dtype_of(like), begin, end);
@@ -148,7 +201,7 @@ Tensor mask_embedding_gradient(const Prepared& prepared, const Tensor& grad, con
   Tensor parts = torch::stable::new_empty(grad, {chunks, s.groups, s.width}, ScalarType::Double);
   double* sums = static_cast<double*>(parts.mutable_data_ptr());
   parallel(chunks, [&](int64_t begin, int64_t end) {
-    prepared.kernels.mask_gradient(s, grad.const_data_ptr(), sums, begin, end);
+    row_kernels(prepared.settings.compute).mask_gradient(s, grad.const_data_ptr(), sums, begin, end);
   });
   return reduced(parts, chunks, mask_embedding);
 }
@@ -174,55 +227,107 @@ Tensor temperature_gradient(const Tensor& per_row, const Tensor& logits, const T
   return torch::stable::to(sums, temperature.scalar_type());
 }
 
+// What the forward saved of each row, checked.
+struct Saved {
+  Tensor row_max, row_sum, soft, row_threshold, row_last;
+};
+
+Saved check_saved(Prepared& prepared, const Tensor& row_max, const Tensor& row_sum, const Tensor& soft,
+                  const Tensor& row_threshold, const Tensor& row_last) {
+  SoftEmbedding& s = prepared.call;
+  const ScalarType compute = prepared.settings.compute;
+  const auto fits = [](const Tensor& tensor, int64_t count, ScalarType type) {
+    return tensor.numel() == count && tensor.scalar_type() == type;
+  };
+  const bool truncates = row_threshold.numel() > 0;
+  STD_TORCH_CHECK(fits(row_max, s.rows, ScalarType::Double) && fits(row_sum, s.rows, compute) &&
+                      fits(soft, s.rows * s.width, compute) &&
+                      fits(row_threshold, truncates ? s.rows : 0, compute) &&
+                      fits(row_last, truncates ? s.rows : 0, ScalarType::Long),
+                  "softdimo: the saved tensors do not fit the logits");
+  using torch::stable::contiguous;
+  Saved saved{contiguous(row_max), contiguous(row_sum), contiguous(soft), contiguous(row_threshold),
+              contiguous(row_last)};
+  if (truncates) {
+    s.row_threshold = saved.row_threshold.const_data_ptr();
+    s.row_last = static_cast<const int64_t*>(saved.row_last.const_data_ptr());
+  }
+  return saved;
+}
+
+// Gradients to logits and codebook (each where it is wanted, else empty), and along the temperature by rows.
+struct Gradients {
+  Tensor dlogits, dcodebook, slopes;
+};
+
+Gradients run_backward(Prepared& prepared, const Tensor& upstream, const Tensor& logits, const Tensor& codebook,
+                       const Saved& saved, bool wants_logits, bool wants_codebook, bool wants_temperature) {
+  const SoftEmbedding& s = prepared.call;
+  const ScalarType compute = prepared.settings.compute;
+  const BackwardKernels& kernels = backward_kernels(s, prepared.settings);
+  pack_codebook(prepared, logits, kernels);
+  const Cut cut = backward_cut(s);
+  const ScalarType sums = sums_in_double(s) ? ScalarType::Double : compute;
+  const bool in_place = cut.splits == 1 && codebook.scalar_type() == sums;  // nothing left to reduce
+  Gradients out{wants_logits ? output(logits, leading_shape(logits, 0), logits.scalar_type()) : nothing(logits),
+                nothing(codebook), torch::stable::new_empty(logits, {wants_temperature ? s.rows : 0}, compute)};
+  if (wants_codebook) {
+    out.dcodebook = in_place ? output(codebook, leading_shape(codebook, 0), sums)
+                             : output(logits, {cut.splits, s.groups, s.vocabulary, s.width}, sums);
+  }
+  Tensor delta = torch::stable::new_empty(logits, {s.rows}, compute);
+  const int64_t partial = compute == ScalarType::Double ? sizeof(RowPartial<double>) : sizeof(RowPartial<float>);
+  Tensor partials = output(logits, {cut.tiles * s.rows * partial}, ScalarType::Byte);
+  Backward job{s,
+               upstream.const_data_ptr(),
+               static_cast<const double*>(saved.row_max.const_data_ptr()),
+               saved.row_sum.const_data_ptr(),
+               saved.soft.const_data_ptr(),
+               nullptr,
+               delta.mutable_data_ptr(),
+               prepared.settings.bfloat16 ? kBlockRows : kWideRows,
+               cut.tile,
+               cut.splits,
+               partials.mutable_data_ptr(),
+               wants_logits ? out.dlogits.mutable_data_ptr() : nullptr,
+               wants_codebook ? out.dcodebook.mutable_data_ptr() : nullptr,
+               wants_temperature ? out.slopes.mutable_data_ptr() : nullptr};
+  Tensor packed = output(logits, {kernels.upstream_bytes(job)}, ScalarType::Byte);
+  job.upstream = packed.mutable_data_ptr();
+  parallel(s.groups * cut.splits * split_blocks(job),
+           [&](int64_t begin, int64_t end) { kernels.pack_upstream(job, begin, end); });
+  parallel(s.groups * cut.splits * cut.tiles,
+           [&](int64_t begin, int64_t end) { kernels.backward(job, begin, end); });
+  parallel_rows(s.rows, [&](int64_t begin, int64_t end) { row_kernels(compute).finish_rows(job, begin, end); });
+  if (wants_codebook && !in_place) out.dcodebook = reduced(out.dcodebook, cut.splits, codebook);
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> soft_embedding_backward(
     const Tensor& grad, const Tensor& logits, const Tensor& codebook, double temperature,
     const OptionalTensor& row_temperature, const OptionalTensor& mask, const OptionalTensor& mask_embedding,
-    const OptionalTensor& seed, const OptionalTensor& row_ids, const Tensor& row_max, const Tensor& row_sum,
-    const Tensor& soft, std::vector<bool> wanted) {
-  const Prepared prepared =
-      prepare(logits, codebook, temperature, row_temperature, mask, mask_embedding, seed, row_ids);
+    const OptionalTensor& seed, const OptionalTensor& row_ids, std::optional<int64_t>, std::optional<double>,
+    bool high_precision, const Tensor& row_max, const Tensor& row_sum, const Tensor& soft, const Tensor& row_threshold,
+    const Tensor& row_last, std::vector<bool> wanted) {
+  Prepared prepared =
+      prepare(logits, codebook, temperature, row_temperature, mask, mask_embedding, seed, row_ids, high_precision);
   const SoftEmbedding& s = prepared.call;
-  STD_TORCH_CHECK(wanted.size() == 4 && grad.numel() == s.rows * s.width && soft.numel() == s.rows * s.width &&
-                      soft.scalar_type() == prepared.compute && row_max.numel() == s.rows &&
-                      row_max.scalar_type() == ScalarType::Double && row_sum.numel() == s.rows &&
-                      row_sum.scalar_type() == prepared.compute,
-                  "softdimo: the saved tensors do not fit the logits");
+  const Saved saved = check_saved(prepared, row_max, row_sum, soft, row_threshold, row_last);
+  STD_TORCH_CHECK(wanted.size() == 4 && grad.numel() == s.rows * s.width, "softdimo: the gradient does not fit");
   const Tensor upstream = torch::stable::contiguous(torch::stable::to(grad, codebook.scalar_type()));
-  const Tensor wide = torch::stable::contiguous(soft);
-  const Tensor tops = torch::stable::contiguous(row_max), sums = torch::stable::contiguous(row_sum);
   const bool wants_temperature = wanted[2] && row_temperature.has_value();
-  const bool wants_mask = wanted[3] && mask.has_value();
-  Tensor dlogits = wanted[0] ? output(logits, leading_shape(logits, 0), logits.scalar_type()) : nothing(logits);
-  Tensor dcodebook = nothing(codebook), dtemperature = nothing(logits), dmask = nothing(logits);
-
+  Tensor dtemperature = nothing(logits), dmask = nothing(logits);
+  Gradients found{nothing(logits), nothing(codebook), nothing(logits)};
   if (wanted[0] || wanted[1] || wants_temperature) {
-    const Cut cut = backward_cut(s);
-    const size_t partial = prepared.compute == ScalarType::Double ? sizeof(RowPartial<double>) : sizeof(RowPartial<float>);
-    Tensor delta = torch::stable::new_empty(logits, {s.rows}, prepared.compute);
-    Tensor partials = output(logits, {cut.tiles * s.rows * static_cast<int64_t>(partial)}, ScalarType::Byte);
-    Tensor parts = wanted[1] ? output(logits, {cut.splits, s.groups, s.vocabulary, s.width},
-                                      sums_in_double(s) ? ScalarType::Double : prepared.compute)
-                             : nothing(logits);
-    Tensor slopes = torch::stable::new_empty(logits, {wants_temperature ? s.rows : 0}, prepared.compute);
-    const double* top = static_cast<const double*>(tops.const_data_ptr());
-    const Backward job{s, upstream.const_data_ptr(), top, sums.const_data_ptr(), wide.const_data_ptr(),
-                       delta.mutable_data_ptr(), cut.tile, cut.splits,
-                       partials.mutable_data_ptr(), wanted[0] ? dlogits.mutable_data_ptr() : nullptr,
-                       wanted[1] ? parts.mutable_data_ptr() : nullptr,
-                       wants_temperature ? slopes.mutable_data_ptr() : nullptr};
-    parallel_rows(s.rows, [&](int64_t begin, int64_t end) { prepared.kernels.row_dots(job, begin, end); });
-    parallel(s.groups * cut.splits * cut.tiles,
-             [&](int64_t begin, int64_t end) { prepared.kernels.backward(job, begin, end); });
-    parallel_rows(s.rows, [&](int64_t begin, int64_t end) { prepared.kernels.finish_rows(job, begin, end); });
-    if (wanted[1]) dcodebook = reduced(parts, cut.splits, codebook);
-    if (wants_temperature) {
-      dtemperature = prepared.compute == ScalarType::Double
-                         ? temperature_gradient<double>(slopes, logits, *row_temperature)
-                         : temperature_gradient<float>(slopes, logits, *row_temperature);
-    }
+    found = run_backward(prepared, upstream, logits, codebook, saved, wanted[0], wanted[1], wants_temperature);
   }
-  if (wants_mask) dmask = mask_embedding_gradient(prepared, upstream, *mask_embedding);
-  return {dlogits, dcodebook, dtemperature, dmask};
+  if (wants_temperature) {
+    dtemperature = prepared.settings.compute == ScalarType::Double
+                       ? temperature_gradient<double>(found.slopes, logits, *row_temperature)
+                       : temperature_gradient<float>(found.slopes, logits, *row_temperature);
+  }
+  if (wanted[3] && mask.has_value()) dmask = mask_embedding_gradient(prepared, upstream, *mask_embedding);
+  return {found.dlogits, found.dcodebook, dtemperature, dmask};
 }
 
 }  // namespace

@@ -302,4 +302,32 @@ SOFTDIMO_ALWAYS_INLINE void store_lanes(double* p, Vec<double> v, uint32_t lanes
 #endif
 }
 
+// bfloat16 by vectors: from_bfloat16 and to_bfloat16 of every lane.
+typedef uint16_t HalfVec __attribute__((vector_size(SOFTDIMO_SIMD_BYTES / 2)));
+typedef uint16_t UnalignedHalfVec __attribute__((vector_size(SOFTDIMO_SIMD_BYTES / 2), aligned(2), may_alias));
+
+SOFTDIMO_ALWAYS_INLINE Vec<float> load_bfloat16(const uint16_t* p) {
+  const HalfVec half = *reinterpret_cast<const UnalignedHalfVec*>(p);
+  return (Vec<float>)(__builtin_convertvector(half, UintVec) << 16);
+}
+SOFTDIMO_ALWAYS_INLINE void store_bfloat16(uint16_t* p, Vec<float> v) {
+  const UintVec u = (UintVec)v;
+  const UintVec rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+  const UintVec half = v == v ? rounded : UintVec{} + 0x7FC0u;
+  *reinterpret_cast<UnalignedHalfVec*>(p) = __builtin_convertvector(half, HalfVec);
+}
+
+// The greatest of the lanes, none of which is NaN, by halves.
+template <class T>
+SOFTDIMO_ALWAYS_INLINE T highest(Vec<T> v) {
+  decltype(v < v) lane{};
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
+    const Vec<T> other = __builtin_shuffle(v, lane ^ width);
+    v = other > v ? other : v;
+  }
+  return v[0];
+}
+
 }  // namespace softdimo::cpu::SOFTDIMO_ISA

@@ -30,6 +30,7 @@ class _Call(NamedTuple):
     hard: bool
     top_k: int | None
     top_p: float | None
+    high_precision: bool
     choice: _backends.Choice
 
 
@@ -74,9 +75,11 @@ def soft_embedding(
             draws it from torch's generator.
         row_ids: int64, broadcasts to the rows: the row numbers that key the noise; default 0 .. N-1.
         generator: eager only; draws the seed from this generator.
-        precision: ``"default"`` or ``"high"``: probabilities enter the product in two bf16 terms. Only
-            kernels that multiply in half precision differ; the C++ and reference backends always
-            multiply in float32 or wider.
+        precision: ``"default"`` or ``"high"``: probabilities enter the products in one or in two bfloat16
+            terms (relative error 2^-9 or 2^-17). Only kernels that multiply in half precision differ. The
+            C++ kernels do so for a bfloat16 codebook of more than 8 columns, with sums in float32, on
+            processors with AVX512-BF16 or AMX (:func:`softdimo_fast.explain` tells); everywhere else they,
+            and the reference always, multiply in float32 or wider.
         backend: None chooses; ``"reference" | "cpp" | "cuda" | "triton"`` insist.
 
     Returns:
@@ -97,10 +100,11 @@ def soft_embedding(
     if call.choice.backend == "cpp":
         output, *_ = torch.ops.softdimo.soft_embedding(
             call.logits, call.codebook, call.temperature, call.row_temperature, call.mask,
-            call.mask_embedding, call.seed, call.row_ids, call.hard,
+            call.mask_embedding, call.seed, call.row_ids, call.top_k, call.top_p, call.high_precision,
+            call.hard,
         )  # fmt: skip
         return output  # type: ignore[no-any-return]
-    return torch.ops.softdimo_reference.soft_embedding(*call[:-1])  # type: ignore[no-any-return]
+    return torch.ops.softdimo_reference.soft_embedding(*call[:-2])  # type: ignore[no-any-return]
 
 
 def _prepare(
@@ -142,10 +146,10 @@ def _prepare(
     seed_tensor = _check_noise(noise, seed, row_ids, generator, device)
     if noise is not None:
         row_ids = _random.row_numbers(NAME, row_ids, rows, device)
-    choice = _backends.choose(NAME, backend, _obstacles(logits, top_k, top_p))
+    choice = _backends.choose(NAME, backend, _backends.obstacles(logits, "cpp"))
     return _Call(
         logits, codebook, scalar, row_temperature, mask, mask_embedding, seed_tensor, row_ids, bool(hard),
-        top_k, None if top_p is None else float(top_p), choice,
+        top_k, None if top_p is None else float(top_p), precision == "high", choice,
     )  # fmt: skip
 
 
@@ -189,13 +193,6 @@ def _check_noise(
     return _random.seed_pair(NAME, seed, generator, device)
 
 
-def _obstacles(logits: Tensor, top_k: int | None, top_p: float | None) -> dict[str, str]:
-    obstacles = _backends.obstacles(logits, "cpp")
-    if "cpp" not in obstacles and (top_k is not None or top_p is not None):
-        obstacles["cpp"] = "the C++ kernel does not truncate (top_k, top_p)"
-    return obstacles
-
-
 # ---------------------------------------------------------------------------------------------------
 # torch: fake kernels, autograd, double backward
 
@@ -208,17 +205,21 @@ def _keeps_soft(codebook: Tensor, statistics: torch.dtype, hard: bool) -> bool:
 @torch.library.register_fake("softdimo::soft_embedding")
 def _fake(
     logits: Tensor, codebook: Tensor, temperature: float, row_temperature: Tensor | None, mask: Tensor | None,
-    mask_embedding: Tensor | None, seed: Tensor | None, row_ids: Tensor | None, hard: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    mask_embedding: Tensor | None, seed: Tensor | None, row_ids: Tensor | None, top_k: int | None,
+    top_p: float | None, high_precision: bool, hard: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows, width = logits.shape[:-1], codebook.shape[-1]
     statistics = compute_dtype(logits, codebook, row_temperature, mask_embedding)
     output = codebook.new_empty((*rows, width))
     soft = (*rows, width) if _keeps_soft(codebook, statistics, hard) else (0,)
+    truncation = (0,) if top_k is None and top_p is None else rows
     return (
         output,
         logits.new_empty(rows, dtype=torch.float64),
         logits.new_empty(rows, dtype=statistics),
         logits.new_empty(soft, dtype=statistics),
+        logits.new_empty(truncation, dtype=statistics),
+        logits.new_empty(truncation, dtype=torch.int64),
     )
 
 
@@ -226,7 +227,8 @@ def _fake(
 def _fake_backward(
     grad: Tensor, logits: Tensor, codebook: Tensor, temperature: float, row_temperature: Tensor | None,
     mask: Tensor | None, mask_embedding: Tensor | None, seed: Tensor | None, row_ids: Tensor | None,
-    row_max: Tensor, row_sum: Tensor, soft: Tensor, wanted: list[bool],
+    top_k: int | None, top_p: float | None, high_precision: bool, row_max: Tensor, row_sum: Tensor,
+    soft: Tensor, row_threshold: Tensor, row_last: Tensor, wanted: list[bool],
 ) -> reference.Gradients:  # fmt: skip
     inputs = (logits, codebook, row_temperature, mask_embedding)
     gradients = [
@@ -241,30 +243,32 @@ _DIFFERENTIABLE = (0, 1, 3, 5)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    value, row_max, row_sum, soft = output
-    ctx.mark_non_differentiable(row_max, row_sum, soft)
-    kept = soft if _keeps_soft(inputs[1], row_sum.dtype, inputs[8]) else value
-    _registration.save_inputs(ctx, (*inputs[:8], row_max, row_sum, kept), output)
+    value, row_max, row_sum, soft, *truncation = output
+    ctx.mark_non_differentiable(*output[1:])
+    *arguments, hard = inputs
+    kept = soft if _keeps_soft(inputs[1], row_sum.dtype, hard) else value
+    _registration.save_inputs(ctx, (*arguments, row_max, row_sum, kept, *truncation), output)
 
 
 def _gradients(ctx: Any, grad: Tensor | None, *_unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 9
+        return (None,) * 12
     inputs = _registration.restore_inputs(ctx)
     wanted = [bool(ctx.needs_input_grad[position]) for position in _DIFFERENTIABLE]
     results = torch.ops.softdimo.soft_embedding_backward(grad, *inputs, wanted)
-    return _registration.place(results, _DIFFERENTIABLE, wanted, 9)
+    return _registration.place(results, _DIFFERENTIABLE, wanted, 12)
 
 
 def _composite_backward(
     grad: Tensor, logits: Tensor, codebook: Tensor, temperature: float, row_temperature: Tensor | None,
     mask: Tensor | None, mask_embedding: Tensor | None, seed: Tensor | None, row_ids: Tensor | None,
-    row_max: Tensor, row_sum: Tensor, soft: Tensor, wanted: list[bool],
+    top_k: int | None, top_p: float | None, high_precision: bool, row_max: Tensor, row_sum: Tensor,
+    soft: Tensor, row_threshold: Tensor, row_last: Tensor, wanted: list[bool],
 ) -> reference.Gradients:  # fmt: skip
     """The kernel's backward in plain torch: what its own derivative is taken of."""
     return reference.soft_embedding_backward(
         grad, logits, codebook, temperature, row_temperature, mask, mask_embedding, seed, row_ids, False,
-        None, None, wanted,
+        top_k, top_p, wanted,
     )  # fmt: skip
 
 
@@ -280,6 +284,21 @@ _registration.reference_operator(
 )
 
 
+def _kernel(call: _Call) -> str:
+    """The C++ kernel of a call: its instruction set and what it multiplies in."""
+    isa = _library.cpu_isa()
+    tensors = (call.logits, call.codebook, call.row_temperature, call.mask_embedding)
+    if compute_dtype(*tensors) == torch.float64:
+        products = "float64"
+    elif call.codebook.shape[-1] <= reference.NARROW_WIDTH:
+        products = "float32, sums in float64"
+    elif call.codebook.dtype == torch.bfloat16 and isa.endswith("bf16"):
+        products = "bfloat16, p in two terms" if call.high_precision else "bfloat16"
+    else:
+        products = "float32"
+    return f"softdimo::soft_embedding, {isa}, products in {products}"
+
+
 @explains(soft_embedding)
 def _explain(logits: Tensor, codebook: Tensor, **options: Any) -> Explanation:
     noisy = options.get("noise") is not None
@@ -290,12 +309,14 @@ def _explain(logits: Tensor, codebook: Tensor, **options: Any) -> Explanation:
     notes = []
     if cpp and logits.stride(-1) != 1 and vocabulary > 1:
         notes.append(f"logits have stride {logits.stride(-1)} along V: one contiguous copy is made")
+    if cpp and (options.get("top_k") is not None or options.get("top_p") is not None):
+        notes.append("top_k and top_p take a pass over the logits of their own")
     if not cpp:
         notes.append("the [N, V] probabilities are written to memory; rows are not batch-invariant")
     return Explanation(
         operator=NAME,
         backend=call.choice.backend,
-        kernel=f"softdimo::soft_embedding, {_library.cpu_isa()}" if cpp else "plain torch",
+        kernel=_kernel(call) if cpp else "plain torch",
         reason=call.choice.reason,
         notes=tuple(notes),
         bytes=logits.numel() * logits.element_size()

@@ -62,7 +62,7 @@ BAD: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
     (ValueError, "backend must be None or one of .* got 'numpy'", (Z, E), {"backend": "numpy"}),
     (ValueError, "backend='cuda' cannot run: this operator has no CUDA kernel", (Z, E), {"backend": "cuda"}),
     (ValueError, "backend='triton' cannot run: this operator has no Triton kernel", (Z, E), {"backend": "triton"}),
-    (ValueError, "backend='cpp' cannot run: the C\\+\\+ kernel does not truncate", (Z, E), {"backend": "cpp", "top_k": 2}),
+    (ValueError, "backend='cuda' cannot run: this operator has no CUDA kernel", (Z, E), {"backend": "cuda"}),
 ]  # fmt: skip
 
 
@@ -81,15 +81,24 @@ def test_the_operator_itself_refuses_what_would_be_unsafe() -> None:
         torch.ops.softdimo.soft_embedding_backward,
     )
     logits, none = Z[0], (None,) * 4
+    rest = (None, None, False)
     with pytest.raises(RuntimeError):
-        forward(logits, E, 1.0, torch.ones(2), *none, False)
+        forward(logits, E, 1.0, torch.ones(2), *none, *rest, False)
     with pytest.raises(RuntimeError, match="seed must be int64"):
-        forward(logits, E, 1.0, None, None, None, torch.zeros(1), None, False)
+        forward(logits, E, 1.0, None, None, None, torch.zeros(1), None, *rest, False)
     with pytest.raises(RuntimeError, match="codebook does not fit"):
-        forward(logits, E[:9], 1.0, None, *none, False)
+        forward(logits, E[:9], 1.0, None, *none, *rest, False)
     with pytest.raises(RuntimeError, match="mask does not fit"):
-        forward(logits, E, 1.0, None, M[0, :5], E[0], None, None, False)
-    value, top, total, _ = forward(logits, E, 1.0, None, *none, False)
-    for bad in ((top, total.half(), value), (top[:5], total, value), (top, total, value[:5])):
+        forward(logits, E, 1.0, None, M[0, :5], E[0], None, None, *rest, False)
+    value, top, total, _, threshold, last = forward(
+        logits, E, 1.0, None, *none, 3, None, False, False
+    )
+    for bad in (
+        (top, total.half(), value, threshold, last),
+        (top[:5], total, value, threshold, last),
+        (top, total, value[:5], threshold, last),
+        (top, total, value, threshold[:5], last),
+        (top, total, value, threshold, last.int()),
+    ):
         with pytest.raises(RuntimeError, match="saved tensors do not fit"):
-            backward(value, logits, E, 1.0, None, *none, *bad, [True] * 4)
+            backward(value, logits, E, 1.0, None, *none, 3, None, False, *bad, [True] * 4)

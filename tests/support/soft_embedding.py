@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from softdimo_fast import soft_embedding
+from softdimo_fast import explain, soft_embedding
 from softdimo_fast.ops.reference.random import default_row_ids, gumbel
 from support.checks import gradients
 from support.contract import assert_contract
@@ -25,6 +25,9 @@ class Case(NamedTuple):
     temperature: Tensor | None
     mask_embedding: Tensor | None
     options: dict[str, Any]
+    autocast: bool = (
+        False  # the yardstick multiplies a bfloat16 codebook in bfloat16, as autocast does
+    )
 
     def tensors(self) -> list[Tensor]:
         return [t for t in self[:4] if t is not None]
@@ -45,7 +48,7 @@ class Case(NamedTuple):
         return run
 
     def composed(self, *tensors: Tensor) -> Tensor:
-        """What a user would write in the inputs' own dtype."""
+        """What a user would write in the inputs' own dtype, or in autocast's."""
         logits, codebook, *rest = tensors
         temperature = rest.pop(0).unsqueeze(-1) if self.temperature is not None else None
         mask, dtype = self.options.get("mask"), torch.promote_types(logits.dtype, codebook.dtype)
@@ -60,6 +63,8 @@ class Case(NamedTuple):
             self.options.get("temperature", 1.0) if temperature is None else temperature.to(dtype)
         )
         p = torch.softmax(z / scale, dim=-1)
+        if self.autocast and codebook.dtype == torch.bfloat16 and p.dtype == torch.float32:
+            p, dtype = p.bfloat16(), torch.bfloat16
         if codebook.dim() == 3:
             out = torch.einsum("...gv,gvd->...gd", p, codebook.to(dtype))
         else:
@@ -67,6 +72,14 @@ class Case(NamedTuple):
         if mask is not None:
             out = torch.where(mask.unsqueeze(-1), rest.pop(0).to(dtype), out)
         return out.to(codebook.dtype)
+
+
+def multiplies_bfloat16(case: Case) -> bool:
+    """Whether the C++ kernel multiplies this call in bfloat16 here."""
+    options = dict(case.options) | {"backend": "cpp", "mask_embedding": case.mask_embedding}
+    if case.temperature is not None:
+        options["temperature"] = case.temperature
+    return "bfloat16" in str(explain(soft_embedding, case.logits, case.codebook, **options).kernel)
 
 
 def strided(logits: Tensor, layout: str) -> Tensor:
@@ -100,6 +113,7 @@ def assert_close_to_float64(case: Case, backend: str) -> None:
     """Value and every gradient keep the numerics contract."""
     tensors = case.tensors()
     upstream = torch.randn(case.call(backend)(*tensors).shape)
+    case = case._replace(autocast=backend == "cpp" and multiplies_bfloat16(case))
     wide = case._replace(
         **{
             name: None if t is None else t.double()

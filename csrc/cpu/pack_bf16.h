@@ -9,13 +9,6 @@
 
 #include "simd.h"
 
-#ifdef __AVX512BF16__
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // the header's own undefined vectors (GCC 105593)
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
-
 namespace softdimo::cpu::SOFTDIMO_ISA {
 
 // Callers branch on it with `if constexpr`: elsewhere these functions are declared, not defined.

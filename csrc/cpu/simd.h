@@ -10,7 +10,10 @@
 #include <cstring>
 
 #if defined(__SSE2__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // the header's own undefined vectors (GCC 105593)
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #include "softdimo/dtype.h"

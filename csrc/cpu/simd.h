@@ -9,14 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__SSE2__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // the header's own undefined vectors (GCC 105593)
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
-
-#include "softdimo/dtype.h"
+#include "convert.h"
 
 namespace softdimo::cpu::SOFTDIMO_ISA {
 
@@ -91,14 +84,6 @@ SOFTDIMO_ALWAYS_INLINE double dot(const T* a, const T* b, int64_t n) {
     for (int j = 0; j < width; ++j) part[j] += part[j + width];
   }
   return part[0];
-}
-
-template <class To, class From>
-SOFTDIMO_ALWAYS_INLINE To bits(From from) {
-  static_assert(sizeof(To) == sizeof(From), "same size");
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
 }
 
 // exp(t) for t <= 0 within 1 ulp or so; 0 below the normal range, NaN for NaN.
@@ -178,85 +163,6 @@ SOFTDIMO_ALWAYS_INLINE Vec<double> gumbel(Vec<double> u) {
   Vec<double> out{};
   for (int i = 0; i < kLanes<double>; ++i) out[i] = -::log(-::log1p(-u[i]));
   return out;
-}
-
-// 16-bit floats, one at a time; the compiler vectorises the loops around them.
-SOFTDIMO_ALWAYS_INLINE float from_bfloat16(uint16_t h) { return bits<float>(uint32_t{h} << 16); }
-SOFTDIMO_ALWAYS_INLINE uint16_t to_bfloat16(float f) {
-  const uint32_t u = bits<uint32_t>(f);
-  const uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>(f == f ? rounded : 0x7FC0u);
-}
-SOFTDIMO_ALWAYS_INLINE float from_float16(uint16_t h) {
-  const uint32_t sign = uint32_t{h & 0x8000u} << 16, magnitude = h & 0x7FFFu;
-  const uint32_t subnormal = bits<uint32_t>(static_cast<float>(magnitude) * 5.9604644775390625e-8f);  // 2^-24
-  uint32_t wide = (magnitude << 13) + 0x38000000u;
-  wide = magnitude < 0x0400u ? subnormal : wide;
-  wide = magnitude >= 0x7C00u ? (magnitude << 13) | 0x7F800000u : wide;  // infinity and NaN
-  return bits<float>(sign | wide);
-}
-SOFTDIMO_ALWAYS_INLINE uint16_t to_float16(float f) {
-  const uint32_t u = bits<uint32_t>(f), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7FFFFFFFu;
-  // Normal results: rebias and round to even. Subnormal: adding 0.5 rounds at the right bit.
-  const uint32_t normal = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
-  const uint32_t subnormal = bits<uint32_t>(bits<float>(magnitude) + 0.5f) - 0x3F000000u;
-  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
-  half = magnitude >= 0x477FF000u ? 0x7C00u : half;
-  half = magnitude > 0x7F800000u ? 0x7E00u : half;
-  return static_cast<uint16_t>(sign | half);
-}
-
-// n elements at `source`, which starts `first` elements into a tensor of `dtype`, as T.
-template <class T>
-SOFTDIMO_ALWAYS_INLINE void widen(const void* source, DType dtype, int64_t first, int64_t n, T* out) {
-  switch (dtype) {
-    case DType::float64: {
-      const double* p = static_cast<const double*>(source) + first;
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(p[i]);
-      break;
-    }
-    case DType::float32: {
-      const float* p = static_cast<const float*>(source) + first;
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(p[i]);
-      break;
-    }
-    case DType::bfloat16: {
-      const uint16_t* p = static_cast<const uint16_t*>(source) + first;
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(from_bfloat16(p[i]));
-      break;
-    }
-    case DType::float16: {
-      const uint16_t* p = static_cast<const uint16_t*>(source) + first;
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(from_float16(p[i]));
-      break;
-    }
-  }
-}
-
-template <class T>
-SOFTDIMO_ALWAYS_INLINE void narrow(const T* in, int64_t n, void* target, DType dtype, int64_t first) {
-  switch (dtype) {
-    case DType::float64: {
-      double* p = static_cast<double*>(target) + first;
-      for (int64_t i = 0; i < n; ++i) p[i] = static_cast<double>(in[i]);
-      break;
-    }
-    case DType::float32: {
-      float* p = static_cast<float*>(target) + first;
-      for (int64_t i = 0; i < n; ++i) p[i] = static_cast<float>(in[i]);
-      break;
-    }
-    case DType::bfloat16: {
-      uint16_t* p = static_cast<uint16_t*>(target) + first;
-      for (int64_t i = 0; i < n; ++i) p[i] = to_bfloat16(static_cast<float>(in[i]));
-      break;
-    }
-    case DType::float16: {
-      uint16_t* p = static_cast<uint16_t*>(target) + first;
-      for (int64_t i = 0; i < n; ++i) p[i] = to_float16(static_cast<float>(in[i]));
-      break;
-    }
-  }
 }
 
 typedef int64_t LongVec __attribute__((vector_size(SOFTDIMO_SIMD_BYTES)));

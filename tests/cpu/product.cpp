@@ -1,4 +1,4 @@
-// Checks the matrix products of one instruction set against sums in double: prints what is wrong, returns how many.
+// Checks the matrix products of one instruction set against sums in double: prints what is wrong.
 
 #include <cmath>
 #include <cstdio>
@@ -194,5 +194,5 @@ int main() {
     check_bfloat16(size[0], size[1], size[2]);
 #endif
   }
-  return failures;
+  return failures > 0;
 }

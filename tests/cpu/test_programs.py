@@ -1,4 +1,4 @@
-"""The matrix products of the CPU kernels, in C++ and under every instruction set that this processor has."""
+"""What the CPU kernels stand on, checked in C++ under every instruction set that this processor has."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("isa", _library.compiled_cpu_isas())
-def test_products_against_float64(isa: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["product", "convert"])
+def test_program(name: str, isa: str, tmp_path: Path) -> None:
     best_first = _library.compiled_cpu_isas()
     if best_first.index(isa) < best_first.index(_library.cpu_isa()):
         pytest.skip("this processor, or the environment, does not allow it")
     vector_bytes, flags = FLAGS[isa]
-    program = tmp_path / "product"
+    program = tmp_path / name
     subprocess.run(
         [
             *os.environ.get("CXX", "g++").split(),
@@ -36,7 +37,7 @@ def test_products_against_float64(isa: str, tmp_path: Path) -> None:
             "-Wall", "-Wextra", "-Werror",
             f"-DSOFTDIMO_ISA={isa.replace('-', '_')}", f"-DSOFTDIMO_SIMD_BYTES={vector_bytes}",
             f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}",
-            str(ROOT / "tests" / "cpu" / "product.cpp"), "-o", str(program),
+            str(ROOT / "tests" / "cpu" / f"{name}.cpp"), "-o", str(program),
         ],
         check=True,
     )  # fmt: skip

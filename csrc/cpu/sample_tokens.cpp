@@ -130,6 +130,7 @@ void try_entries(const Row<T>& row, int64_t first, int64_t count, float least, C
   }
 }
 
+// -1 where no key is finite: truncated, at a temperature so small that logits / temperature overflow.
 template <class T>
 int64_t best_entry(const SampleTokens& s, const RoundKeys& keys, const Row<T>& row) {
   Chunk chunk;
@@ -202,7 +203,7 @@ void draw(const SampleTokens& s, int64_t begin, int64_t end) {
     s.tokens[n] = token;
     if (s.log_prob == nullptr) continue;
     static_cast<T*>(s.log_prob)[n] =
-        valid ? log_probability(z.get(), wide, top, t, token) : static_cast<T>(std::nan(""));
+        token >= 0 ? log_probability(z.get(), wide, top, t, token) : static_cast<T>(std::nan(""));
   }
 }
 

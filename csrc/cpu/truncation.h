@@ -197,7 +197,8 @@ Kept<T> truncate_row(const T* x, int64_t count, int64_t top_k, double top_p, T* 
   if (ties > 0) total += static_cast<double>(ties) * weigh(kept.threshold);
   const Boundary<T> edge = find_boundary(row, kept.threshold, most, top_p * total, scratch, scratch + end);
   const int64_t equal = edge.value == kept.threshold ? ties : count;
-  return {edge.value, last_equal(x, count, edge.value, kept_ties<T>(edge.above, weigh(edge.value), total, top_p, equal))};
+  ties = kept_ties<T>(edge.above, weigh(edge.value), total, top_p, equal);
+  return {edge.value, last_equal(x, count, edge.value, ties)};
 }
 
 }  // namespace softdimo::cpu::SOFTDIMO_ISA

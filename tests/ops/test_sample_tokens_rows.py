@@ -163,6 +163,21 @@ def test_bad_temperature_rows(backend: str) -> None:
     assert int(tokens[0]) == int(sample_tokens(logits, seed=1, backend=backend)[0])
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-30, 3e38, 1e300])
+@pytest.mark.parametrize("options", [{}, {"top_k": 7}, {"top_p": 0.5}])
+def test_temperatures_at_the_end_of_float32(temperature: float, options: dict[str, float]) -> None:
+    """C++ holds on to the argmax and to the flat law; truncated it may find no law, and says so."""
+    logits = torch.randn(200, 300)
+    tokens, log_prob = sample_tokens(
+        logits, temperature=temperature, seed=1, return_log_prob=True, backend="cpp", **options
+    )  # type: ignore[call-overload]
+    assert torch.equal(log_prob.isnan(), tokens == -1)
+    if temperature == 1e-30 or not options:
+        assert bool((tokens >= 0).all())
+    if temperature == 1e-30 or (temperature == 1e-45 and not options):
+        assert torch.equal(tokens, logits.argmax(-1))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_row_temperature_equals_numbers(backend: str) -> None:
     logits, temperature = torch.randn(3, 4, 9), torch.tensor([0.5, 1.0, 4.0])[:, None]

@@ -11,17 +11,21 @@ set(product_sources
     csrc/cpu/soft_embedding_backward.cpp
     csrc/cpu/soft_embedding_forward.cpp)
 set(vector_sources
+    csrc/cpu/divergence.cpp
     csrc/cpu/masked_cross_entropy.cpp
     csrc/cpu/sample_tokens.cpp
     csrc/cpu/soft_embedding_by_row.cpp
     csrc/cpu/token_statistics.cpp)
 set(bindings
+    csrc/bind_cpu/distribution_matching_loss.cpp
+    csrc/bind_cpu/divergence.cpp
     csrc/bind_cpu/library.cpp
     csrc/bind_cpu/linear_soft_embedding.cpp
     csrc/bind_cpu/masked_attention.cpp
     csrc/bind_cpu/masked_cross_entropy.cpp
     csrc/bind_cpu/sample_tokens.cpp
     csrc/bind_cpu/soft_embedding.cpp
+    csrc/bind_cpu/token_divergence.cpp
     csrc/bind_cpu/token_statistics.cpp)
 
 # name, vector bytes, compiler flags. The baseline variant alone where the processor is not x86-64.

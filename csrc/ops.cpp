@@ -45,6 +45,29 @@ STABLE_TORCH_LIBRARY(softdimo, m) {
       "float temperature, Tensor? row_temperature, Tensor? mask, Tensor? mask_embedding, Tensor? logits, "
       "Tensor row_max, Tensor row_sum, Tensor soft, bool[] wanted) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // statistics: what the backward needs of each row, [..., 9].
+  m.def(
+      "token_divergence(Tensor teacher_logits, Tensor model_logits, Tensor? teacher_uncond_logits, "
+      "float guidance_scale, Tensor? row_guidance, float teacher_temperature, float model_temperature, "
+      "float forward_weight, float reverse_weight, Tensor? mask, Tensor? weight, str reduction) "
+      "-> (Tensor value, Tensor statistics)");
+  // wanted: gradients to teacher_logits, model_logits, teacher_uncond_logits.
+  m.def(
+      "token_divergence_backward(Tensor grad, Tensor teacher_logits, Tensor model_logits, "
+      "Tensor? teacher_uncond_logits, float guidance_scale, Tensor? row_guidance, float teacher_temperature, "
+      "float model_temperature, float forward_weight, float reverse_weight, Tensor? mask, Tensor? weight, "
+      "str reduction, Tensor statistics, bool[] wanted) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "distribution_matching_loss(Tensor student_logits, Tensor teacher_logits, Tensor auxiliary_logits, Tensor mask, "
+      "Tensor? teacher_uncond_logits, float guidance_scale, Tensor? row_guidance, float teacher_temperature, "
+      "float auxiliary_temperature, float forward_weight, float reverse_weight, Tensor? weight, str normalization) "
+      "-> (Tensor value, Tensor statistics)");
+  // wanted: the gradient to student_logits.
+  m.def(
+      "distribution_matching_loss_backward(Tensor grad, Tensor student_logits, Tensor teacher_logits, "
+      "Tensor auxiliary_logits, Tensor mask, Tensor? teacher_uncond_logits, float guidance_scale, "
+      "Tensor? row_guidance, float teacher_temperature, float auxiliary_temperature, float forward_weight, "
+      "float reverse_weight, Tensor? weight, str normalization, Tensor statistics, bool[] wanted) -> Tensor");
   m.def(
       "token_statistics(Tensor logits, float temperature, Tensor? row_temperature, Tensor? mask) "
       "-> (Tensor log_normalizer, Tensor entropy, Tensor max_prob)");

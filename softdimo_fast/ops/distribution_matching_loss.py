@@ -11,11 +11,16 @@ from softdimo_fast.ops import _arguments as check
 from softdimo_fast.ops import _backends, _registration
 from softdimo_fast.ops._explain import Explanation, explains
 from softdimo_fast.ops.reference import divergence as reference
+from softdimo_fast.ops.reference.common import compute_dtype
 from softdimo_fast.ops.token_divergence import (
+    ROW_STATISTICS,
     check_guidance,
     check_weight,
+    copy_notes,
+    kernel,
     kl_weights,
     require_like,
+    save_statistics,
     work,
 )
 
@@ -102,8 +107,11 @@ def distribution_matching_loss(
         teacher_temperature=teacher_temperature, auxiliary_temperature=auxiliary_temperature,
         weight=weight, normalization=normalization, backend=backend,
     )  # fmt: skip
-    loss: Tensor = torch.ops.softdimo_reference.distribution_matching_loss(*call[:-1])
-    return loss
+    if call.choice.backend == "cpp":
+        loss, _ = torch.ops.softdimo.distribution_matching_loss(*call[:-1])
+    else:
+        loss = torch.ops.softdimo_reference.distribution_matching_loss(*call[:-1])
+    return loss  # type: ignore[no-any-return]
 
 
 def _prepare(
@@ -141,7 +149,7 @@ def _prepare(
     assert row_mask is not None
     check_weight(NAME, weight, rows, device)
     check.require_choice(NAME, "normalization", normalization, ("sum", "batch", "masked"))
-    choice = _backends.choose(NAME, backend, _backends.obstacles(student_logits))
+    choice = _backends.choose(NAME, backend, _backends.obstacles(student_logits, "cpp"))
     # Detached: the gradient is transplanted, so no derivative of any order leads to these.
     uncond = None if teacher_uncond_logits is None else teacher_uncond_logits.detach()
     return _Call(
@@ -151,6 +159,77 @@ def _prepare(
     )  # fmt: skip
 
 
+# ---------------------------------------------------------------------------------------------------
+# torch: fake kernels, autograd, double backward
+
+
+@torch.library.register_fake("softdimo::distribution_matching_loss")
+def _fake(
+    student_logits: Tensor, teacher_logits: Tensor, auxiliary_logits: Tensor, mask: Tensor,
+    teacher_uncond_logits: Tensor | None, guidance_scale: float, row_guidance: Tensor | None,
+    teacher_temperature: float, auxiliary_temperature: float, forward_weight: float,
+    reverse_weight: float, weight: Tensor | None, normalization: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype = compute_dtype(
+        student_logits,
+        teacher_logits,
+        auxiliary_logits,
+        teacher_uncond_logits,
+        row_guidance,
+        weight,
+    )
+    statistics = (*student_logits.shape[:-1], ROW_STATISTICS)
+    return student_logits.new_empty((), dtype=dtype), student_logits.new_empty(
+        statistics, dtype=torch.float64
+    )
+
+
+@torch.library.register_fake("softdimo::distribution_matching_loss_backward")
+def _fake_backward(
+    grad: Tensor, student_logits: Tensor, teacher_logits: Tensor, auxiliary_logits: Tensor, mask: Tensor,
+    teacher_uncond_logits: Tensor | None, guidance_scale: float, row_guidance: Tensor | None,
+    teacher_temperature: float, auxiliary_temperature: float, forward_weight: float,
+    reverse_weight: float, weight: Tensor | None, normalization: str, statistics: Tensor,
+    wanted: list[bool],
+) -> Tensor:  # fmt: skip
+    return student_logits.new_empty(student_logits.shape if wanted[0] else (0,))
+
+
+def _gradients(ctx: Any, grad: Tensor | None, _statistics: None) -> tuple[Tensor | None, ...]:
+    if grad is None or not ctx.needs_input_grad[0]:
+        return (None,) * 13
+    gradient = torch.ops.softdimo.distribution_matching_loss_backward(
+        grad, *_registration.restore_inputs(ctx), [True]
+    )
+    return (gradient, *(None,) * 12)
+
+
+def _composite_backward(
+    grad: Tensor, student_logits: Tensor, teacher_logits: Tensor, auxiliary_logits: Tensor, mask: Tensor,
+    teacher_uncond_logits: Tensor | None, guidance_scale: float, row_guidance: Tensor | None,
+    teacher_temperature: float, auxiliary_temperature: float, forward_weight: float,
+    reverse_weight: float, weight: Tensor | None, normalization: str, statistics: Tensor,
+    wanted: list[bool],
+) -> Tensor:  # fmt: skip
+    """The kernel's backward in plain torch: what its own derivative is taken of."""
+    return reference.distribution_matching_loss_backward(
+        grad, student_logits, teacher_logits, auxiliary_logits, mask, teacher_uncond_logits,
+        guidance_scale, row_guidance, teacher_temperature, auxiliary_temperature, forward_weight,
+        reverse_weight, weight, normalization, wanted,
+    )  # fmt: skip
+
+
+torch.library.register_autograd(
+    "softdimo::distribution_matching_loss", _gradients, setup_context=save_statistics
+)
+_registration.register_double_backward(
+    "softdimo::distribution_matching_loss_backward", _composite_backward
+)
+for _operator in (
+    "softdimo::distribution_matching_loss",
+    "softdimo::distribution_matching_loss_backward",
+):
+    torch.library.register_vmap(_operator, _registration.vmap_refusal(NAME))
 _registration.reference_operator(
     NAME,
     reference.distribution_matching_loss,
@@ -171,15 +250,21 @@ def _explain(
     read, flops, exponentials = work(
         call.teacher_logits, call.auxiliary_logits, call.teacher_uncond_logits
     )
+    notes = copy_notes(
+        call.choice, teacher_logits=teacher_logits, auxiliary_logits=auxiliary_logits,
+        teacher_uncond_logits=call.teacher_uncond_logits,
+    )  # fmt: skip
+    if call.choice.backend == "reference":
+        notes = (
+            "several [N, V] tensors are written to memory, in forward and in backward; rows are not "
+            "batch-invariant",
+        )
     return Explanation(
         operator=NAME,
         backend=call.choice.backend,
-        kernel="plain torch",
+        kernel=kernel(NAME, call.choice),
         reason=call.choice.reason,
-        notes=(
-            "several [N, V] tensors are written to memory, in forward and in backward; rows are not "
-            "batch-invariant",
-        ),
+        notes=notes,
         bytes=read,
         flops=flops,
         exponentials=exponentials,

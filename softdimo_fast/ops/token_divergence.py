@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softdimo_fast.ops import _arguments as check
-from softdimo_fast.ops import _backends, _registration
+from softdimo_fast.ops import _backends, _library, _registration
 from softdimo_fast.ops._explain import Explanation, explains
 from softdimo_fast.ops.reference import divergence as reference
 from softdimo_fast.ops.reference.common import compute_dtype
@@ -100,8 +100,11 @@ def token_divergence(
         teacher_temperature=teacher_temperature, model_temperature=model_temperature, mask=mask,
         weight=weight, reduction=reduction, backend=backend,
     )  # fmt: skip
-    value: Tensor = torch.ops.softdimo_reference.token_divergence(*call[:-1])
-    return value
+    if call.choice.backend == "cpp":
+        value, _ = torch.ops.softdimo.token_divergence(*call[:-1])
+    else:
+        value = torch.ops.softdimo_reference.token_divergence(*call[:-1])
+    return value  # type: ignore[no-any-return]
 
 
 def _prepare(
@@ -133,7 +136,7 @@ def _prepare(
     mask = check.rows_mask(NAME, "mask", mask, rows, device)
     check_weight(NAME, weight, rows, device)
     check.require_choice(NAME, "reduction", reduction, ("none", "sum", "mean"))
-    choice = _backends.choose(NAME, backend, _backends.obstacles(teacher_logits))
+    choice = _backends.choose(NAME, backend, _backends.obstacles(teacher_logits, "cpp"))
     return _Call(
         teacher_logits, model_logits, teacher_uncond_logits, scale, row_guidance,
         float(teacher_temperature), float(model_temperature), forward_weight, reverse_weight, mask,
@@ -215,15 +218,104 @@ def work(*logits: Tensor | None) -> tuple[int, int, int]:
 
 
 # ---------------------------------------------------------------------------------------------------
-# torch
+# torch: fake kernels, autograd, double backward
+
+# Numbers that the C++ kernels save of a row (RowStatistics in csrc/include/softdimo/divergence.h).
+ROW_STATISTICS = 9
+# Where teacher_logits, model_logits and teacher_uncond_logits stand in the forward operator's arguments.
+_DIFFERENTIABLE = (0, 1, 2)
 
 
+@torch.library.register_fake("softdimo::token_divergence")
+def _fake(
+    teacher_logits: Tensor, model_logits: Tensor, teacher_uncond_logits: Tensor | None,
+    guidance_scale: float, row_guidance: Tensor | None, teacher_temperature: float,
+    model_temperature: float, forward_weight: float, reverse_weight: float, mask: Tensor | None,
+    weight: Tensor | None, reduction: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype = compute_dtype(teacher_logits, model_logits, teacher_uncond_logits, row_guidance, weight)
+    rows = model_logits.shape[:-1]
+    value = model_logits.new_empty(rows if reduction == "none" else (), dtype=dtype)
+    return value, model_logits.new_empty((*rows, ROW_STATISTICS), dtype=torch.float64)
+
+
+@torch.library.register_fake("softdimo::token_divergence_backward")
+def _fake_backward(
+    grad: Tensor, teacher_logits: Tensor, model_logits: Tensor, teacher_uncond_logits: Tensor | None,
+    guidance_scale: float, row_guidance: Tensor | None, teacher_temperature: float,
+    model_temperature: float, forward_weight: float, reverse_weight: float, mask: Tensor | None,
+    weight: Tensor | None, reduction: str, statistics: Tensor, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    logits = (teacher_logits, model_logits, teacher_uncond_logits)
+    gradients = [
+        model_logits.new_empty(0)
+        if tensor is None or not needed
+        else tensor.new_empty(tensor.shape)
+        for tensor, needed in zip(logits, wanted, strict=True)
+    ]
+    return gradients[0], gradients[1], gradients[2]
+
+
+def save_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keeps the inputs and the statistics of the rows, which get no gradient, for the backward."""
+    _, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    _registration.save_inputs(ctx, (*inputs, statistics), output)
+
+
+def _gradients(ctx: Any, grad: Tensor | None, _statistics: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 12
+    wanted = [bool(ctx.needs_input_grad[position]) for position in _DIFFERENTIABLE]
+    results = torch.ops.softdimo.token_divergence_backward(
+        grad, *_registration.restore_inputs(ctx), wanted
+    )
+    return _registration.place(results, _DIFFERENTIABLE, wanted, 12)
+
+
+def _composite_backward(
+    grad: Tensor, teacher_logits: Tensor, model_logits: Tensor, teacher_uncond_logits: Tensor | None,
+    guidance_scale: float, row_guidance: Tensor | None, teacher_temperature: float,
+    model_temperature: float, forward_weight: float, reverse_weight: float, mask: Tensor | None,
+    weight: Tensor | None, reduction: str, statistics: Tensor, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The kernel's backward in plain torch: what its own derivative is taken of."""
+    return reference.token_divergence_backward(
+        grad, teacher_logits, model_logits, teacher_uncond_logits, guidance_scale, row_guidance,
+        teacher_temperature, model_temperature, forward_weight, reverse_weight, mask, weight, reduction,
+        wanted,
+    )  # fmt: skip
+
+
+torch.library.register_autograd(
+    "softdimo::token_divergence", _gradients, setup_context=save_statistics
+)
+_registration.register_double_backward("softdimo::token_divergence_backward", _composite_backward)
+for _operator in ("softdimo::token_divergence", "softdimo::token_divergence_backward"):
+    torch.library.register_vmap(_operator, _registration.vmap_refusal(NAME))
 _registration.reference_operator(
     NAME,
     reference.token_divergence,
     reference.token_divergence_backward,
     differentiable=("teacher_logits", "model_logits", "teacher_uncond_logits"),
 )
+
+
+def kernel(operator: str, choice: _backends.Choice) -> str:
+    return (
+        f"softdimo::{operator}, {_library.cpu_isa()}" if choice.backend == "cpp" else "plain torch"
+    )
+
+
+def copy_notes(choice: _backends.Choice, **logits: Tensor | None) -> tuple[str, ...]:
+    """The logits that the C++ kernels cannot walk in place."""
+    if choice.backend != "cpp":
+        return ()
+    return tuple(
+        f"{name} have stride {tensor.stride(-1)} along V: one contiguous copy is made"
+        for name, tensor in logits.items()
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1
+    )
 
 
 @explains(token_divergence)
@@ -236,12 +328,18 @@ def _explain(teacher_logits: Tensor, model_logits: Tensor, **options: Any) -> Ex
         teacher_logits, model_logits, call.teacher_uncond_logits, call.row_guidance, call.weight
     )
     rows = teacher_logits.numel() // teacher_logits.shape[-1]
+    notes = copy_notes(
+        call.choice, teacher_logits=teacher_logits, model_logits=model_logits,
+        teacher_uncond_logits=call.teacher_uncond_logits,
+    )  # fmt: skip
+    if call.choice.backend == "reference":
+        notes = ("several [N, V] tensors are written to memory; rows are not batch-invariant",)
     return Explanation(
         operator=NAME,
         backend=call.choice.backend,
-        kernel="plain torch",
+        kernel=kernel(NAME, call.choice),
         reason=call.choice.reason,
-        notes=("several [N, V] tensors are written to memory; rows are not batch-invariant",),
+        notes=notes,
         bytes=read + (rows if call.reduction == "none" else 1) * dtype.itemsize,
         flops=flops,
         exponentials=exponentials,

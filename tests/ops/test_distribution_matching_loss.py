@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from softdimo_fast.ops.distribution_matching_loss import distribution_matching_l
 from softdimo_fast.ops.reference import divergence as specification
 from softdimo_fast.ops.token_divergence import token_divergence
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpp")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NORMALIZATIONS = ("sum", "batch", "masked")
 KINDS: tuple[dict[str, Any], ...] = (
@@ -130,10 +131,11 @@ def test_contract(
     assert bool((gradient[~mask] == 0).all())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("options", KINDS)
 def test_student_gets_the_gradient_of_the_auxiliary(
-    options: dict[str, Any], normalization: str
+    backend: str, options: dict[str, Any], normalization: str
 ) -> None:
     """The true gradient of the value with respect to auxiliary_logits, 1 / T included."""
     teacher, auxiliary, uncond = torch.randn(3, 3, 5, 9, dtype=torch.double)
@@ -144,12 +146,20 @@ def test_student_gets_the_gradient_of_the_auxiliary(
         "teacher_temperature": 0.8,
     }  # fmt: skip
     value, gradient = student_gradient(
-        teacher, auxiliary, mask, auxiliary_temperature=1.3, normalization=normalization, **shared
+        teacher,
+        auxiliary,
+        mask,
+        auxiliary_temperature=1.3,
+        normalization=normalization,
+        **shared,
+        backend=backend,
     )
     factors = row_factors(mask, normalization)
 
     def divergence(z: Tensor) -> Tensor:
-        rows = token_divergence(teacher, z, model_temperature=1.3, reduction="none", **shared)
+        rows = token_divergence(
+            teacher, z, model_temperature=1.3, reduction="none", **shared, backend=backend
+        )
         return (rows * factors).sum()
 
     expected, (true,) = gradients(divergence, (auxiliary,))
@@ -158,7 +168,8 @@ def test_student_gets_the_gradient_of_the_auxiliary(
     assert bool((gradient[~mask] == 0).all())
 
 
-def test_gradient_is_the_pseudo_losss() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_is_the_pseudo_losss(backend: str) -> None:
     """Method oracle 3: dL/dz = g / B, the gradient of Di[M]O's 1/2 |z - sg(z - g)|^2 / B."""
     student, teacher, auxiliary = torch.randn(3, 4, 6, 11, dtype=torch.double)
     mask = torch.rand(4, 6) < 0.6
@@ -171,24 +182,30 @@ def test_gradient_is_the_pseudo_losss() -> None:
             return 0.5 * ((z - (z - g).detach()) ** 2).sum() / 4
 
         _, (expected,) = gradients(pseudo_loss, (student,))
-        _, gradient = student_gradient(teacher, auxiliary, mask, student, kind=kind)
+        _, gradient = student_gradient(
+            teacher, auxiliary, mask, student, kind=kind, backend=backend
+        )
         torch.testing.assert_close(gradient, expected)
 
 
-def test_sample_means_add_up_whatever_the_split() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sample_means_add_up_whatever_the_split(backend: str) -> None:
     """ "sum" of the parts is "sum" of the whole: accumulation and world size do not change it."""
     teacher, auxiliary = torch.randn(2, 6, 5, 9, dtype=torch.double)
     mask = torch.rand(6, 5) < 0.6
-    whole, whole_gradient = student_gradient(teacher, auxiliary, mask, normalization="sum")
+    whole, whole_gradient = student_gradient(
+        teacher, auxiliary, mask, normalization="sum", backend=backend
+    )
     parts = [
-        student_gradient(teacher[i], auxiliary[i], mask[i], normalization="sum")
+        student_gradient(teacher[i], auxiliary[i], mask[i], normalization="sum", backend=backend)
         for i in (slice(0, 1), slice(1, 4), slice(4, 6))
     ]
     torch.testing.assert_close(sum(value for value, _ in parts), whole)
     torch.testing.assert_close(torch.cat([gradient for _, gradient in parts]), whole_gradient)
 
 
-def test_same_weights_give_no_gradient_without_guidance() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_weights_give_no_gradient_without_guidance(backend: str) -> None:
     """Method oracle 4: the first step's gradient comes from the guidance alone."""
     logits, uncond = 4 * torch.randn(2, 3, 5, 50)
     mask = torch.ones(3, 5, dtype=torch.bool)
@@ -201,52 +218,62 @@ def test_same_weights_give_no_gradient_without_guidance() -> None:
                 teacher_uncond_logits=uncond,
                 guidance_scale=scale,
                 **options,
+                backend=backend,
             )
             assert (float(value) == 0) == zero
             assert (float(gradient.abs().max()) == 0) == zero
 
 
-def test_linear_in_beta_with_the_two_kl_as_end_points() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_in_beta_with_the_two_kl_as_end_points(backend: str) -> None:
     """Method oracle 2."""
     teacher, auxiliary = torch.randn(2, 3, 5, 9)
     mask = torch.rand(3, 5) < 0.6
-    forward = student_gradient(teacher, auxiliary, mask)
-    reverse = student_gradient(teacher, auxiliary, mask, kind="reverse_kl")
+    forward = student_gradient(teacher, auxiliary, mask, backend=backend)
+    reverse = student_gradient(teacher, auxiliary, mask, kind="reverse_kl", backend=backend)
     for beta in (0.0, 1.0, -0.2, 2.0):
-        mixed = student_gradient(teacher, auxiliary, mask, kind="jeffreys", beta=beta)
+        mixed = student_gradient(
+            teacher, auxiliary, mask, kind="jeffreys", beta=beta, backend=backend
+        )
         for mine, first, second in zip(mixed, forward, reverse, strict=True):
             torch.testing.assert_close(mine, (1 - beta) * first + beta * second)
             if beta in (0, 1):
                 assert_same_bits(mine, second if beta else first)
 
 
-def test_nothing_flows_to_teacher_or_auxiliary() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_flows_to_teacher_or_auxiliary(backend: str) -> None:
     student, teacher, auxiliary, uncond = torch.randn(4, 3, 5, 9, dtype=torch.double).unbind()
     leaves = [t.clone().requires_grad_() for t in (student, teacher, auxiliary, uncond)]
     mask = torch.rand(3, 5) < 0.6
     value = distribution_matching_loss(
-        *leaves[:3], mask, teacher_uncond_logits=leaves[3], guidance_scale=2.0
+        *leaves[:3], mask, teacher_uncond_logits=leaves[3], guidance_scale=2.0, backend=backend
     )
     first = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
     assert [g is None for g in first] == [False, True, True, True]
     # That gradient is a constant: no second derivative reaches them, or the student.
     second = torch.autograd.grad(first[0].square().sum(), leaves, allow_unused=True)
     assert second == (None,) * 4
-    frozen = distribution_matching_loss(student, *leaves[1:3], mask)
+    frozen = distribution_matching_loss(student, *leaves[1:3], mask, backend=backend)
     assert not frozen.requires_grad
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_upstream_gradients_scale_and_their_derivative_is_the_gradient(normalization: str) -> None:
+def test_upstream_gradients_scale_and_their_derivative_is_the_gradient(
+    backend: str, normalization: str
+) -> None:
     teacher, auxiliary = torch.randn(2, 3, 5, 9, dtype=torch.double)
     student = torch.randn(3, 5, 9, dtype=torch.double, requires_grad=True)
     mask = torch.rand(3, 5) < 0.6
     upstream = torch.tensor(2.5, dtype=torch.double, requires_grad=True)
     value = distribution_matching_loss(
-        student, teacher, auxiliary, mask, normalization=normalization
+        student, teacher, auxiliary, mask, normalization=normalization, backend=backend
     )
     (scaled,) = torch.autograd.grad(value, student, upstream, create_graph=True)
-    _, gradient = student_gradient(teacher, auxiliary, mask, normalization=normalization)
+    _, gradient = student_gradient(
+        teacher, auxiliary, mask, normalization=normalization, backend=backend
+    )
     torch.testing.assert_close(scaled, 2.5 * gradient)
     direction = torch.randn_like(gradient)
     (second,) = torch.autograd.grad(scaled, upstream, direction)
@@ -280,14 +307,19 @@ def test_specification_backward_is_the_derivative_of_its_forward(
 # shapes, dtypes, special values
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("shape", [(4, 7), (1, 1), (2, 3, 2, 7), (0, 7), (3, 0, 7), (0, 3, 7)])
-def test_any_leading_shape(shape: tuple[int, ...], normalization: str) -> None:
+def test_any_leading_shape(backend: str, shape: tuple[int, ...], normalization: str) -> None:
     teacher, auxiliary = torch.randn(2, *shape)
     for fraction in (0.0, 0.5, 1.0):
         mask = torch.rand(shape[:-1]) < fraction
-        value, gradient = student_gradient(teacher, auxiliary, mask, normalization=normalization)
-        rows = token_divergence(teacher, auxiliary, mask=mask, reduction="none").double()
+        value, gradient = student_gradient(
+            teacher, auxiliary, mask, normalization=normalization, backend=backend
+        )
+        rows = token_divergence(
+            teacher, auxiliary, mask=mask, reduction="none", backend=backend
+        ).double()
         expected = (rows * row_factors(mask, normalization)).sum().float()
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
         assert gradient.shape == shape
@@ -296,15 +328,15 @@ def test_any_leading_shape(shape: tuple[int, ...], normalization: str) -> None:
             assert value == 0
 
 
-def test_mask_and_settings_broadcast() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mask_and_settings_broadcast(backend: str) -> None:
     teacher, auxiliary, uncond = torch.randn(3, 2, 3, 9)
     for shape in ((), (1,), (3,), (2, 1), (2, 3)):
         mask, weight, scale = torch.rand(shape) < 0.7, torch.rand(shape), 1 + torch.rand(shape)
         results = [
             student_gradient(
                 teacher, auxiliary, m, weight=w, guidance_scale=s, teacher_uncond_logits=uncond,
-                normalization="masked",
-            )
+                normalization="masked", backend=backend)
             for m, w, s in (
                 (mask, weight, scale),
                 tuple(t.expand(2, 3).contiguous() for t in (mask, weight, scale)),
@@ -314,11 +346,12 @@ def test_mask_and_settings_broadcast() -> None:
             assert_same_bits(mine, theirs)
 
 
-def test_dtypes_of_value_and_gradient() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dtypes_of_value_and_gradient(backend: str) -> None:
     mask = torch.tensor([[True, False, True]])
     for dtypes in itertools.product(DTYPES, repeat=3):
         student, teacher, auxiliary = (torch.randn(1, 3, 5).to(dtype) for dtype in dtypes)
-        value, gradient = student_gradient(teacher, auxiliary, mask, student)
+        value, gradient = student_gradient(teacher, auxiliary, mask, student, backend=backend)
         assert value.dtype == (torch.float64 if torch.float64 in dtypes else torch.float32)
         assert gradient.dtype == dtypes[0]
 
@@ -346,26 +379,30 @@ def test_unmasked_rows_and_the_student_are_never_read(
     assert bool((results[1][1][~mask] == 0).all())
 
 
-def test_broken_rows_stay_alone() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_broken_rows_stay_alone(backend: str) -> None:
     teacher, auxiliary = torch.randn(2, 2, 3, 9)
     teacher[0, 1, 4] = torch.nan
     auxiliary[1, 0] = -torch.inf
-    value, gradient = student_gradient(teacher, auxiliary, torch.ones(2, 3, dtype=torch.bool))
+    value, gradient = student_gradient(
+        teacher, auxiliary, torch.ones(2, 3, dtype=torch.bool), backend=backend
+    )
     broken = torch.tensor([[False, True, False], [True, False, False]])
     assert value.isnan()
     assert_same_bits(gradient.isnan(), broken[..., None].expand(2, 3, 9))
 
 
-def test_entries_at_minus_infinity_in_every_distribution() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_entries_at_minus_infinity_in_every_distribution(backend: str) -> None:
     """A dropped [MASK] column: -inf everywhere changes nothing and gets no gradient."""
     teacher, auxiliary, uncond = torch.randn(3, 2, 3, 9)
     mask = torch.ones(2, 3, dtype=torch.bool)
     cut, cut_gradient = student_gradient(
-        teacher, auxiliary, mask, teacher_uncond_logits=uncond, guidance_scale=2.0
+        teacher, auxiliary, mask, teacher_uncond_logits=uncond, guidance_scale=2.0, backend=backend
     )
     wide = [F.pad(t, (0, 1), value=-torch.inf) for t in (teacher, auxiliary, uncond)]
     value, gradient = student_gradient(
-        wide[0], wide[1], mask, teacher_uncond_logits=wide[2], guidance_scale=2.0
+        wide[0], wide[1], mask, teacher_uncond_logits=wide[2], guidance_scale=2.0, backend=backend
     )
     torch.testing.assert_close(value, cut)
     torch.testing.assert_close(gradient[..., :9], cut_gradient)
@@ -411,20 +448,23 @@ def test_compiled_is_bitwise_eager(backend: str) -> None:
     assert_compiles_bitwise(run, student)
 
 
-def test_compiled_with_every_tensor_an_input() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_with_every_tensor_an_input(backend: str) -> None:
+    run = partial(distribution_matching_loss, backend=backend)
     mask = torch.rand(3, 4) < 0.6
-    compiled = torch.compile(distribution_matching_loss, fullgraph=True, dynamic=True)
+    compiled = torch.compile(run, fullgraph=True, dynamic=True)
     tensors = [torch.randn(3, 4, 7).bfloat16().requires_grad_() for _ in range(3)]
     results = []
-    for fn in (distribution_matching_loss, compiled):
+    for fn in (run, compiled):
         value = fn(*tensors, mask)
         results.append((value.detach(), *torch.autograd.grad(value, tensors[0])))
     for mine, theirs in zip(*results, strict=True):
         assert_same_bits(mine, theirs)
 
 
-def test_exports() -> None:
-    run, student = small_call("batch")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exports(backend: str) -> None:
+    run, student = small_call("batch", backend=backend)
     assert_exports(run, student)
 
 
@@ -438,6 +478,7 @@ def operator_arguments(dtype: torch.dtype, normalization: str, bare: bool) -> tu
     return (student, teacher, auxiliary, mask, *settings, normalization)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("dtype", "normalization", "bare"),
     [
@@ -446,19 +487,21 @@ def operator_arguments(dtype: torch.dtype, normalization: str, bare: bool) -> tu
         (torch.float64, "sum", True),
     ],
 )
-def test_opcheck(dtype: torch.dtype, normalization: str, bare: bool) -> None:
-    operators = torch.ops.softdimo_reference
+def test_opcheck(backend: str, dtype: torch.dtype, normalization: str, bare: bool) -> None:
+    operators = torch.ops.softdimo if backend == "cpp" else torch.ops.softdimo_reference
     arguments = operator_arguments(dtype, normalization, bare)
     torch.library.opcheck(operators.distribution_matching_loss, arguments)
     grad = torch.randn((), requires_grad=not bare)
+    detached = (arguments[0].detach(), *arguments[1:])
+    statistics = operators.distribution_matching_loss(*detached)[1:] if backend == "cpp" else ()
     torch.library.opcheck(
-        operators.distribution_matching_loss_backward,
-        (grad, arguments[0].detach(), *arguments[1:], [not bare]),
+        operators.distribution_matching_loss_backward, (grad, *detached, *statistics, [not bare])
     )
 
 
-def test_autocast_changes_nothing() -> None:
-    run, student = small_call()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_nothing(backend: str) -> None:
+    run, student = small_call(backend=backend)
     value, (gradient,) = gradients(run, (student,))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         again, (again_gradient,) = gradients(run, (student,))
@@ -466,33 +509,40 @@ def test_autocast_changes_nothing() -> None:
     assert_same_bits(gradient, again_gradient)
 
 
-def test_activation_checkpointing() -> None:
-    run, student = small_call()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_activation_checkpointing(backend: str) -> None:
+    run, student = small_call(backend=backend)
     value, (gradient,) = gradients(run, (student,))
     again, (replayed,) = gradients(lambda z: checkpoint(run, z, use_reentrant=False), (student,))
     assert_same_bits(value, again)
     assert_same_bits(gradient, replayed)
 
 
-def test_vmap_and_jvp_raise_clearly() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vmap_and_jvp_raise_clearly(backend: str) -> None:
     tensors, mask = torch.randn(3, 2, 3, 4, 8), torch.ones(2, 3, 4, dtype=torch.bool)
     with pytest.raises(
         RuntimeError, match=r"distribution_matching_loss does not support torch\.vmap"
     ):
-        torch.vmap(distribution_matching_loss)(*tensors, mask)
+        torch.vmap(partial(distribution_matching_loss, backend=backend))(*tensors, mask)
     for place, name in enumerate(("student_logits", "teacher_logits", "auxiliary_logits")):
 
         def run(z: Tensor, place: int = place) -> Tensor:
-            return distribution_matching_loss(*tensors[:place], z, *tensors[place + 1 :], mask)
+            return distribution_matching_loss(
+                *tensors[:place], z, *tensors[place + 1 :], mask, backend=backend
+            )
 
         with pytest.raises(RuntimeError, match=f"{name} carries a forward-mode tangent"):
             torch.func.jvp(run, (tensors[0],), (tensors[0],))
 
 
-def test_double_backward_under_compile_raises_clearly() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_double_backward_under_compile_raises_clearly(backend: str) -> None:
     teacher, auxiliary = torch.randn(2, 2, 3, 8)
     student, mask = torch.randn(2, 3, 8, requires_grad=True), torch.ones(2, 3, dtype=torch.bool)
-    compiled = torch.compile(lambda z: distribution_matching_loss(z, teacher, auxiliary, mask))
+    compiled = torch.compile(
+        lambda z: distribution_matching_loss(z, teacher, auxiliary, mask, backend=backend)
+    )
     upstream = torch.ones((), requires_grad=True)
     (gradient,) = torch.autograd.grad(compiled(student), student, upstream, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
@@ -500,17 +550,16 @@ def test_double_backward_under_compile_raises_clearly() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"backend": "reference"}])
-def test_which_kernel_runs(options: dict[str, Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", [None, "cpp", "reference"])
+def test_which_kernel_runs(backend: str | None, dtype: torch.dtype) -> None:
     student, teacher, auxiliary = torch.randn(3, 2, 4, 8, dtype=dtype).unbind()
     student, mask = student.clone().requires_grad_(), torch.ones(2, 4, dtype=torch.bool)
-    ran = operators_run(
-        lambda: distribution_matching_loss(student, teacher, auxiliary, mask, **options).backward()
-    )
-    name = "softdimo_reference::distribution_matching_loss"
-    assert ran == [name, f"{name}_backward"]
-    explanation = explain(distribution_matching_loss, student, teacher, auxiliary, mask, **options)
-    assert explanation.backend == "reference"
+    call = partial(distribution_matching_loss, student, teacher, auxiliary, mask, backend=backend)
+    ran = operators_run(lambda: call().backward())
+    namespace = "softdimo_reference" if backend == "reference" else "softdimo"
+    assert ran == [f"{namespace}::distribution_matching_loss{part}" for part in ("", "_backward")]
+    explanation = explain(call.func, *call.args, backend=backend)
+    assert explanation.backend == (backend or "cpp")
 
 
 def test_explain_does_not_count_the_student() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -25,7 +27,7 @@ from softdimo_fast.ops._explain import explain
 from softdimo_fast.ops.reference import divergence as specification
 from softdimo_fast.ops.token_divergence import token_divergence
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpp")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 KINDS: tuple[dict[str, Any], ...] = (
     {"kind": "forward_kl"},
@@ -166,9 +168,12 @@ def test_contract(backend: str, case: Case) -> None:
     assert_close_to_float64(case, backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", KINDS)
 @pytest.mark.parametrize("scale", [None, 0.0, 0.4, 1.0, 2.5, "rows"])
-def test_float64_equals_the_composed_expression(options: dict[str, Any], scale: Any) -> None:
+def test_float64_equals_the_composed_expression(
+    backend: str, options: dict[str, Any], scale: Any
+) -> None:
     """Method oracle 1: values and row gradients are those of KL, by torch's own differentiation."""
     tensors = [
         3 * torch.randn(4, 5, 9, dtype=torch.double) for _ in range(2 if scale is None else 3)
@@ -178,21 +183,24 @@ def test_float64_equals_the_composed_expression(options: dict[str, Any], scale: 
         options["guidance_scale"] = 4 * torch.rand(4, 5).double() if scale == "rows" else scale
     upstream = torch.randn(4, 5)
     case = Case(*tensors, *[None] * (3 - len(tensors)), options)
-    value, grads = gradients(case.call(), tensors, upstream)
+    value, grads = gradients(case.call(backend), tensors, upstream)
     true, true_grads = gradients(case.composed, tensors, upstream)
     torch.testing.assert_close(value, true, rtol=1e-12, atol=1e-12)
     for mine, theirs in zip(grads, true_grads, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_row_gradients_are_the_closed_forms() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_gradients_are_the_closed_forms(backend: str) -> None:
     """To the model: q - p, and q (log q - log p - KL(q || p)); each row sums to zero."""
     teacher, model = torch.randn(2, 6, 11, dtype=torch.double)
     p, q = teacher.softmax(-1), model.softmax(-1)
     ratio = model.log_softmax(-1) - teacher.log_softmax(-1)
     reverse = (q * ratio).sum(-1, keepdim=True)
     for kind, expected in (("forward_kl", q - p), ("reverse_kl", q * (ratio - reverse))):
-        _, grads = gradients(Case(teacher, model, None, {"kind": kind}).call(), (teacher, model))
+        _, grads = gradients(
+            Case(teacher, model, None, {"kind": kind}).call(backend), (teacher, model)
+        )
         torch.testing.assert_close(grads[1], expected, rtol=1e-13, atol=1e-15)
         for gradient in grads:
             assert float(gradient.sum(-1).abs().max()) < 1e-15
@@ -287,36 +295,40 @@ def test_gradients_sum_to_zero(backend: str, options: dict[str, Any], dtype: tor
         assert bool((sums <= 4 * torch.finfo(dtype).eps * sizes + rounding + underflow).all())
 
 
-def test_common_offsets_and_permutations_change_nothing() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_common_offsets_and_permutations_change_nothing(backend: str) -> None:
     # Multiples of 1/64 below 1000 stay exact in float32 when 8192 is added.
     teacher, model = (torch.randint(-500, 500, (2, 64, 50)) / 64).unbind()
     order = torch.randperm(50)
     for options in KINDS:
-        value, grads = gradients(Case(teacher, model, None, options).call(), (teacher, model))
+        value, grads = gradients(
+            Case(teacher, model, None, options).call(backend), (teacher, model)
+        )
         shifted, shifted_grads = gradients(
-            Case(teacher, model, None, options).call(), (teacher + 8192, model)
+            Case(teacher, model, None, options).call(backend), (teacher + 8192, model)
         )
         assert_same_bits(value, shifted)
         for mine, theirs in zip(grads, shifted_grads, strict=True):
             assert_same_bits(mine, theirs)
         permuted, permuted_grads = gradients(
-            Case(teacher, model, None, options).call(), (teacher[:, order], model[:, order])
+            Case(teacher, model, None, options).call(backend), (teacher[:, order], model[:, order])
         )
         torch.testing.assert_close(value, permuted, rtol=2e-6, atol=1e-6)
         torch.testing.assert_close(grads[1][:, order], permuted_grads[1], rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", KINDS)
-def test_equal_logits_give_exactly_nothing(options: dict[str, Any]) -> None:
+def test_equal_logits_give_exactly_nothing(backend: str, options: dict[str, Any]) -> None:
     """Method oracle 4: the same weights, s = 1: no divergence and no gradient; another s gives both."""
     logits, uncond = 5 * torch.randn(64, 100), torch.randn(64, 100)
     for scale in (1.0, torch.ones(64)):
         case = Case(logits, logits.clone(), uncond, options | {"guidance_scale": scale})
-        value, grads = gradients(case.call(), case.tensors())
+        value, grads = gradients(case.call(backend), case.tensors())
         for zero in (value, *grads):
             assert_same_bits(zero.abs(), torch.zeros_like(zero))
     case = Case(logits, logits.clone(), uncond, options | {"guidance_scale": 2.0})
-    value, grads = gradients(case.call(), case.tensors())
+    value, grads = gradients(case.call(backend), case.tensors())
     assert float(value.abs().min()) > 0
     assert all(float(gradient.abs().max()) > 0 for gradient in grads)
 
@@ -325,12 +337,13 @@ def test_equal_logits_give_exactly_nothing(options: dict[str, Any]) -> None:
 # what the options mean
 
 
-def test_jeffreys_is_linear_in_beta_with_the_two_kl_as_end_points() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_jeffreys_is_linear_in_beta_with_the_two_kl_as_end_points(backend: str) -> None:
     """Method oracle 2, for beta inside and outside [0, 1]."""
     teacher, model = torch.randn(2, 6, 11)
 
     def run(**options: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return gradients(Case(teacher, model, None, options).call(), (teacher, model))
+        return gradients(Case(teacher, model, None, options).call(backend), (teacher, model))
 
     forward, reverse = run(kind="forward_kl"), run(kind="reverse_kl")
     for beta, end in ((0.0, forward), (1, reverse)):
@@ -345,47 +358,52 @@ def test_jeffreys_is_linear_in_beta_with_the_two_kl_as_end_points() -> None:
             torch.testing.assert_close(mine, (1 - beta) * first + beta * second)
 
 
-def test_reverse_kl_is_forward_kl_with_the_arguments_exchanged() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reverse_kl_is_forward_kl_with_the_arguments_exchanged(backend: str) -> None:
     first, second = torch.randn(2, 6, 11)
     options = {"teacher_temperature": 0.7, "model_temperature": 2.0}
     swapped = {"teacher_temperature": 2.0, "model_temperature": 0.7}
     value, grads = gradients(
-        Case(first, second, None, options | {"kind": "reverse_kl"}).call(), (first, second)
+        Case(first, second, None, options | {"kind": "reverse_kl"}).call(backend), (first, second)
     )
-    other, other_grads = gradients(Case(second, first, None, swapped).call(), (second, first))
+    other, other_grads = gradients(
+        Case(second, first, None, swapped).call(backend), (second, first)
+    )
     torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(grads[0], other_grads[1], rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(grads[1], other_grads[0], rtol=1e-6, atol=1e-7)
 
 
-def test_guidance_is_that_of_the_guided_logits() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_guidance_is_that_of_the_guided_logits(backend: str) -> None:
     teacher, model, uncond = torch.randn(3, 6, 11, dtype=torch.double)
     for scale in (-0.5, 0.0, 0.3, 1.0, 2.0):
         guided = uncond + scale * (teacher - uncond)
         case = Case(teacher, model, uncond, {"guidance_scale": scale})
-        value, (dteacher, dmodel, duncond) = gradients(case.call(), case.tensors())
+        value, (dteacher, dmodel, duncond) = gradients(case.call(backend), case.tensors())
         expected, (dguided, dmodel_expected) = gradients(
-            Case(guided, model, None, {}).call(), (guided, model)
+            Case(guided, model, None, {}).call(backend), (guided, model)
         )
         torch.testing.assert_close(value, expected)
         torch.testing.assert_close(dmodel, dmodel_expected)
         torch.testing.assert_close(dteacher, scale * dguided)
         torch.testing.assert_close(duncond, (1 - scale) * dguided)
         per_row = case._replace(options={"guidance_scale": torch.full((6,), scale)})
-        again, again_grads = gradients(per_row.call(), case.tensors())
+        again, again_grads = gradients(per_row.call(backend), case.tensors())
         torch.testing.assert_close(again, value)
         for mine, theirs in zip(again_grads, (dteacher, dmodel, duncond), strict=True):
             torch.testing.assert_close(mine, theirs)
 
 
-def test_settings_broadcast_to_the_rows() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_settings_broadcast_to_the_rows(backend: str) -> None:
     teacher, model, uncond = torch.randn(3, 2, 3, 11)
     for shape in ((), (1,), (3,), (2, 1), (2, 3)):
         scale, weight, mask = 1 + torch.rand(shape), torch.rand(shape), torch.rand(shape) < 0.5
         narrow = {"guidance_scale": scale, "weight": weight, "mask": mask}
         wide = {name: tensor.expand(2, 3).clone() for name, tensor in narrow.items()}
         results = [
-            gradients(Case(teacher, model, uncond, options).call(), (teacher, model, uncond))
+            gradients(Case(teacher, model, uncond, options).call(backend), (teacher, model, uncond))
             for options in (narrow, wide)
         ]
         assert_same_bits(results[0][0], results[1][0])
@@ -393,41 +411,44 @@ def test_settings_broadcast_to_the_rows() -> None:
             assert_same_bits(mine, theirs)
 
 
-def test_reductions() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reductions(backend: str) -> None:
     """Weights multiply each row; the mean divides by the number of counted rows alone."""
     tensors = list(torch.randn(2, 4, 5, 11))
     mask, weight = torch.rand(4, 5) < 0.6, torch.rand(4, 5)
     for options in ({}, {"mask": mask}, {"weight": weight}, {"mask": mask, "weight": weight}):
         case = Case(*tensors, None, options)
-        plain = Case(*tensors, None, {}).call()(*tensors)
+        plain = Case(*tensors, None, {}).call(backend)(*tensors)
         counted = options.get("mask", torch.ones_like(mask))
         expected = torch.where(counted, plain * options.get("weight", torch.ones(())), 0.0)
-        assert_same_bits(case.call()(*tensors), expected)
+        assert_same_bits(case.call(backend)(*tensors), expected)
         for reduction, true in (("sum", expected.sum()), ("mean", expected.sum() / counted.sum())):
-            value, grads = gradients(case.call(reduction=reduction), tensors)
+            value, grads = gradients(case.call(backend, reduction), tensors)
             torch.testing.assert_close(value, true)
             divisor = counted.sum() if reduction == "mean" else 1
-            _, rows_grads = gradients(case.call(), tensors)
+            _, rows_grads = gradients(case.call(backend), tensors)
             for mine, theirs in zip(grads, rows_grads, strict=True):
                 torch.testing.assert_close(mine, theirs / divisor)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("shape", [(4, 7), (0, 7), (3, 0, 5)])
-def test_no_counted_row(reduction: str, shape: tuple[int, ...]) -> None:
+def test_no_counted_row(backend: str, reduction: str, shape: tuple[int, ...]) -> None:
     tensors = [torch.full(shape, torch.nan) for _ in range(3)]
     mask = torch.zeros(shape[:-1], dtype=torch.bool)
     case = Case(*tensors, {"guidance_scale": 2.0, "mask": mask})
-    value, grads = gradients(case.call(reduction=reduction), tensors)
+    value, grads = gradients(case.call(backend, reduction), tensors)
     assert_same_bits(value, torch.zeros(shape[:-1] if reduction == "none" else ()))
     for gradient in grads:
         assert_same_bits(gradient, torch.zeros(shape))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(5,), (1,), (4, 1), (2, 1, 3, 5)])
-def test_any_leading_shape(shape: tuple[int, ...]) -> None:
+def test_any_leading_shape(backend: str, shape: tuple[int, ...]) -> None:
     teacher, model = torch.randn(2, *shape)
-    value, grads = gradients(Case(teacher, model, None, {}).call(), (teacher, model))
+    value, grads = gradients(Case(teacher, model, None, {}).call(backend), (teacher, model))
     assert value.shape == shape[:-1]
     torch.testing.assert_close(value, composed_rows(teacher, model), atol=1e-6, rtol=1e-5)
     if shape[-1] == 1:
@@ -456,18 +477,22 @@ def test_any_strides(backend: str) -> None:
     )
 
 
-def test_dtypes_of_value_and_gradients() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dtypes_of_value_and_gradients(backend: str) -> None:
     for first, second, third in itertools.product(DTYPES, repeat=3):
         tensors = [torch.randn(3, 5).to(t) for t in (first, second, third)]
         wide = torch.float64 in (first, second, third)
         for reduction in ("none", "mean"):
             value, grads = gradients(
-                Case(*tensors, {"guidance_scale": 2.0}).call(reduction=reduction), tensors
+                Case(*tensors, {"guidance_scale": 2.0}).call(backend, reduction), tensors
             )
             assert value.dtype == (torch.float64 if wide else torch.float32)
             assert [g.dtype for g in grads] == [first, second, third]
     weight = torch.ones(3, dtype=torch.double)
-    assert token_divergence(tensors[0], tensors[1], weight=weight).dtype == torch.float64
+    assert (
+        token_divergence(tensors[0], tensors[1], weight=weight, backend=backend).dtype
+        == torch.float64
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -507,25 +532,32 @@ def test_infinite_logits(backend: str) -> None:
     assert grads[0][2, 1] == 0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
-def test_infinity_follows_from_the_logits_not_from_underflow(kind: str) -> None:
+def test_infinity_follows_from_the_logits_not_from_underflow(backend: str, kind: str) -> None:
     teacher, model = torch.tensor([[0.0, -500.0]]), torch.tensor([[0.0, -INF]])
     tensors = (teacher, model) if kind == "forward_kl" else (model, teacher)
-    assert token_divergence(*tensors, kind=kind).item() == INF
-    assert token_divergence(*reversed(tensors), kind=kind).item() == 0
+    assert token_divergence(*tensors, kind=kind, backend=backend).item() == INF
+    assert token_divergence(*reversed(tensors), kind=kind, backend=backend).item() == 0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_entries_filled_with_the_most_negative_number(kind: str, temperature: float) -> None:
+def test_entries_filled_with_the_most_negative_number(
+    backend: str, kind: str, temperature: float
+) -> None:
     """masked_fill(finfo.min) is a common stand-in for -inf, and overflows when divided by T < 1."""
     teacher, model = torch.randn(2, 5, 8)
     teacher[:, 6:], model[:, 6:] = torch.finfo(torch.float32).min, torch.finfo(torch.float32).min
     for other in (1.0, temperature):
         options = {"kind": kind, "teacher_temperature": temperature, "model_temperature": other}
-        value, grads = gradients(Case(teacher, model, None, options).call(), (teacher, model))
+        value, grads = gradients(
+            Case(teacher, model, None, options).call(backend), (teacher, model)
+        )
         cut, cut_grads = gradients(
-            Case(teacher[:, :6], model[:, :6], None, options).call(), (teacher[:, :6], model[:, :6])
+            Case(teacher[:, :6], model[:, :6], None, options).call(backend),
+            (teacher[:, :6], model[:, :6]),
         )
         torch.testing.assert_close(value, cut)
         for mine, theirs in zip(grads, cut_grads, strict=True):
@@ -533,16 +565,19 @@ def test_entries_filled_with_the_most_negative_number(kind: str, temperature: fl
             assert float(mine[:, 6:].abs().max()) == 0
 
 
-def test_guided_logits_at_minus_infinity() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_guided_logits_at_minus_infinity(backend: str) -> None:
     """-inf in both branches is -inf; -inf in the conditional branch alone too, for s >= 1."""
     teacher, uncond, model = torch.randn(3, 4, 6)
     teacher[:, 0] = uncond[:, 0] = model[:, 0] = -INF
     teacher[:, 1] = model[:, 1] = -INF
     for scale in (1.0, 2.0, torch.tensor([1.0, 2.0, 1.0, 3.0])):
         case = Case(teacher, model, uncond, {"guidance_scale": scale})
-        value, grads = gradients(case.call(), case.tensors())
+        value, grads = gradients(case.call(backend), case.tensors())
         kept = [t[:, 2:] for t in case.tensors()]
-        expected, expected_grads = gradients(Case(*kept, {"guidance_scale": scale}).call(), kept)
+        expected, expected_grads = gradients(
+            Case(*kept, {"guidance_scale": scale}).call(backend), kept
+        )
         torch.testing.assert_close(value, expected)
         for mine, theirs in zip(grads, expected_grads, strict=True):
             torch.testing.assert_close(mine[:, 2:], theirs)
@@ -625,10 +660,11 @@ def test_gradcheck(
     assert torch.autograd.gradgradcheck(case.call(backend, reduction), leaves)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", KINDS[:3])
 @pytest.mark.parametrize("poison", [-INF, torch.nan])
 def test_second_derivatives_do_not_see_what_is_absent(
-    options: dict[str, Any], poison: float
+    backend: str, options: dict[str, Any], poison: float
 ) -> None:
     """-inf entries in every distribution, or garbage in a masked row, leave no NaN behind."""
     case = small_case(options, infinite=poison == -INF)
@@ -641,7 +677,7 @@ def test_second_derivatives_do_not_see_what_is_absent(
         )
     leaves = [t.requires_grad_() for t in case.tensors()]
     upstream = torch.randn(3, 4, dtype=torch.double, requires_grad=True)
-    first = torch.autograd.grad(case.call()(*leaves), leaves, upstream, create_graph=True)
+    first = torch.autograd.grad(case.call(backend)(*leaves), leaves, upstream, create_graph=True)
     directions = [torch.randn_like(g) for g in first]
     second = torch.autograd.grad(first, [*leaves, upstream], directions)
     assert all(bool(t.isfinite().all()) for t in (*first, *second))
@@ -650,7 +686,7 @@ def test_second_derivatives_do_not_see_what_is_absent(
 
     def slope(sign: float) -> Tensor:
         moved = [t.detach() + sign * step for t in leaves]
-        _, grads = gradients(case.call(), moved, upstream.detach())
+        _, grads = gradients(case.call(backend), moved, upstream.detach())
         return sum((g * d).sum() for g, d in zip(grads, directions, strict=True))
 
     present = step.where(leaves[0].isfinite(), 0.0)
@@ -696,9 +732,10 @@ def test_gradients_only_where_required(backend: str, wanted: int) -> None:
             assert leaf.grad is None
 
 
-def test_nothing_is_recorded_when_nothing_requires_a_gradient() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_recorded_when_nothing_requires_a_gradient(backend: str) -> None:
     case = small_case({})
-    assert not case.call()(*case.tensors()).requires_grad
+    assert not case.call(backend)(*case.tensors()).requires_grad
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -712,13 +749,16 @@ def test_compiled_is_bitwise_eager(backend: str, reduction: str) -> None:
     assert_compiles_bitwise(case.call(backend, reduction), *[t.float() for t in case.tensors()])
 
 
-def test_compiled_half_precision_without_options() -> None:
-    assert_compiles_bitwise(token_divergence, *[torch.randn(4, 5, 33).bfloat16() for _ in range(2)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_half_precision_without_options(backend: str) -> None:
+    run = Case(*torch.randn(2, 4, 5, 33).bfloat16(), None, {}).call(backend, "mean")
+    assert_compiles_bitwise(run, *[torch.randn(4, 5, 33).bfloat16() for _ in range(2)])
 
 
-def test_exports() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exports(backend: str) -> None:
     case = small_case({"kind": "reverse_kl"})
-    assert_exports(case.call(None, "sum"), *[t.float() for t in case.tensors()])
+    assert_exports(case.call(backend, "sum"), *[t.float() for t in case.tensors()])
 
 
 def operator_arguments(dtype: torch.dtype, reduction: str, bare: bool = False) -> tuple[Any, ...]:
@@ -732,86 +772,109 @@ def operator_arguments(dtype: torch.dtype, reduction: str, bare: bool = False) -
     )  # fmt: skip
 
 
+NAMESPACES = {"reference": torch.ops.softdimo_reference, "cpp": torch.ops.softdimo}
+
+
+def saved(backend: str, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """What the forward operator of a backend hands to its backward besides the inputs."""
+    if backend == "reference":
+        return ()
+    return torch.ops.softdimo.token_divergence(*inputs)[1:]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("dtype", "reduction", "bare"),
     [(torch.float32, "none", False), (torch.bfloat16, "mean", False), (torch.float64, "sum", True)],
 )
-def test_opcheck_forward(dtype: torch.dtype, reduction: str, bare: bool) -> None:
-    operator = torch.ops.softdimo_reference.token_divergence
+def test_opcheck_forward(backend: str, dtype: torch.dtype, reduction: str, bare: bool) -> None:
+    operator = NAMESPACES[backend].token_divergence
     torch.library.opcheck(operator, operator_arguments(dtype, reduction, bare))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_opcheck_backward(reduction: str) -> None:
-    operator = torch.ops.softdimo_reference.token_divergence_backward
+def test_opcheck_backward(backend: str, reduction: str) -> None:
     inputs = [
         t.detach() if isinstance(t, Tensor) else t
         for t in operator_arguments(torch.float32, reduction)
     ]
     grad = torch.randn((3, 4) if reduction == "none" else ())
     for wanted in ([True, True, True], [False, True, False]):
-        torch.library.opcheck(operator, (grad, *inputs, wanted))
+        torch.library.opcheck(
+            NAMESPACES[backend].token_divergence_backward,
+            (grad, *inputs, *saved(backend, inputs), wanted),
+        )
 
 
-def test_opcheck_double_backward() -> None:
-    operator = torch.ops.softdimo_reference.token_divergence_backward
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_double_backward(backend: str) -> None:
     inputs = operator_arguments(torch.float64, "sum", bare=True)
     grad = torch.randn((), dtype=torch.double, requires_grad=True)
-    torch.library.opcheck(operator, (grad, *inputs, [False, True, False]))
+    statistics = [t.detach() for t in saved(backend, inputs)]
+    torch.library.opcheck(
+        NAMESPACES[backend].token_divergence_backward,
+        (grad, *inputs, *statistics, [False, True, False]),
+    )
 
 
-def test_autocast_changes_nothing() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_nothing(backend: str) -> None:
     case = small_case({"kind": "jeffreys", "beta": 0.3})
     for dtype in (torch.float32, torch.float64):
         tensors = [t.to(dtype) for t in case.tensors()]
-        value, grads = gradients(case.call(), tensors)
+        value, grads = gradients(case.call(backend), tensors)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            again, again_grads = gradients(case.call(), tensors)
+            again, again_grads = gradients(case.call(backend), tensors)
         assert_same_bits(value, again)
         for mine, theirs in zip(grads, again_grads, strict=True):
             assert_same_bits(mine, theirs)
 
 
-def test_activation_checkpointing() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_activation_checkpointing(backend: str) -> None:
     case = small_case({"kind": "reverse_kl"})
-    value, plain = gradients(case.call(), case.tensors())
+    value, plain = gradients(case.call(backend), case.tensors())
     again, replayed = gradients(
-        lambda *t: checkpoint(case.call(), *t, use_reentrant=False), case.tensors()
+        lambda *t: checkpoint(case.call(backend), *t, use_reentrant=False), case.tensors()
     )
     assert_same_bits(value, again)
     for mine, theirs in zip(plain, replayed, strict=True):
         assert_same_bits(mine, theirs)
 
 
-def test_vmap_and_jvp_raise_clearly() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vmap_and_jvp_raise_clearly(backend: str) -> None:
     teacher, model = torch.randn(2, 3, 4, 8)
     with pytest.raises(RuntimeError, match=r"token_divergence does not support torch\.vmap"):
-        torch.vmap(token_divergence)(teacher, model)
+        torch.vmap(partial(token_divergence, backend=backend))(teacher, model)
     for place, name in enumerate(("teacher_logits", "model_logits")):
         tensors = [teacher, model]
 
         def run(z: Tensor, place: int = place, tensors: list[Tensor] = tensors) -> Tensor:
-            return token_divergence(*tensors[:place], z, *tensors[place + 1 :])
+            return token_divergence(*tensors[:place], z, *tensors[place + 1 :], backend=backend)
 
         with pytest.raises(RuntimeError, match=f"{name} carries a forward-mode tangent"):
             torch.func.jvp(run, (teacher,), (teacher,))
 
 
-def test_double_backward_under_compile_raises_clearly() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_double_backward_under_compile_raises_clearly(backend: str) -> None:
     teacher, model = torch.randn(4, 8), torch.randn(4, 8, requires_grad=True)
-    value = torch.compile(lambda z: token_divergence(teacher, z))(model)
+    value = torch.compile(lambda z: token_divergence(teacher, z, backend=backend))(model)
     (gradient,) = torch.autograd.grad(value, model, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         gradient.square().sum().backward()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{}, {"backend": "reference"}])
-def test_which_kernel_runs(options: dict[str, Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", [None, "cpp", "reference"])
+def test_which_kernel_runs(backend: str | None, dtype: torch.dtype) -> None:
     teacher, model = torch.randn(2, 4, 8, dtype=dtype).requires_grad_()
-    ran = operators_run(lambda: token_divergence(teacher, model, **options).backward())
-    assert ran == [f"softdimo_reference::token_divergence{part}" for part in ("", "_backward")]
-    assert explain(token_divergence, teacher, model, **options).backend == "reference"
+    ran = operators_run(lambda: token_divergence(teacher, model, backend=backend).backward())
+    namespace = "softdimo_reference" if backend == "reference" else "softdimo"
+    assert ran == [f"{namespace}::token_divergence{part}" for part in ("", "_backward")]
+    assert explain(token_divergence, teacher, model, backend=backend).backend == (backend or "cpp")
 
 
 def test_explain_counts_every_input_once() -> None:

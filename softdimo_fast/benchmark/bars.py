@@ -42,12 +42,21 @@ class Bar:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A bar and what was measured; None: not measured."""
+    """A bar and what was measured; None: not measured.
+
+    Attributes:
+        bar: the aim.
+        measured, measured_huge: with the default allocator, and with huge pages.
+        met: whether both hold.
+        limit: of a ratio: what it would be if ours took no more than the floor; a bar above it is out of
+            reach of any kernel on this machine.
+    """
 
     bar: Bar
     measured: float | None
     measured_huge: float | None
     met: bool | None
+    limit: float | None
 
 
 def _bar(
@@ -156,17 +165,25 @@ def judge(results: Results, bars: Iterable[Bar] = BARS) -> list[Verdict]:
         met = None if here is None else _holds(bar, here, bar.bound)
         if met and bar.bound_huge is not None and huge is not None:
             met = _holds(bar, huge, bar.bound_huge)
-        verdicts.append(Verdict(bar, here, huge, met))
+        verdicts.append(Verdict(bar, here, huge, met, _limit(results, bar)))
     return verdicts
+
+
+def _limit(results: Results, bar: Bar) -> float | None:
+    row = _row(results, bar, DEFAULT)
+    if bar.metric != RATIO or row is None or not row.floor_ms:
+        return None
+    return row.median_ms / row.floor_ms
 
 
 def _holds(bar: Bar, measured: float, bound: float) -> bool:
     return measured >= bound if bar.metric in (RATIO, SHARE) else measured <= bound
 
 
-def _measured(results: Results, bar: Bar, allocator: str, threads: int) -> float | None:
+def _row(results: Results, bar: Bar, allocator: str) -> Row | None:
+    """The comparator's of a ratio, else ours."""
     case = bar.case
-    row: Row | None = results.find(
+    return results.find(
         allocator=allocator,
         operator=case.operator,
         shape=case.shape,
@@ -175,6 +192,10 @@ def _measured(results: Results, bar: Bar, allocator: str, threads: int) -> float
         phase=bar.phase,
         implementation=bar.against if bar.metric == RATIO else bar.implementation,
     )
+
+
+def _measured(results: Results, bar: Bar, allocator: str, threads: int) -> float | None:
+    row = _row(results, bar, allocator)
     if row is None:
         return None
     if bar.metric == RATIO:
@@ -185,5 +206,5 @@ def _measured(results: Results, bar: Bar, allocator: str, threads: int) -> float
         return row.error_value
     if row.extra_mib is None:
         return None
-    sums = results.accumulators.get(case.key, 0) / 2**20
+    sums = results.accumulators.get(bar.case.key, 0) / 2**20
     return max(0.0, row.extra_mib - sums) / threads

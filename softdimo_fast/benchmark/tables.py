@@ -86,7 +86,10 @@ def bar_table(results: Results) -> Table:
         groups.append([[Cell(name), *_bar_cells(one, kind)] for one in mine])
     headings = [
         *((text, False) for text in ("operator", "case", "dtype", "phase", "what")),
-        *((text, True) for text in ("bar", "measured", f"bar {THP}", f"measured {THP}", "met")),
+        *(
+            (text, True)
+            for text in ("bar", "measured", f"bar {THP}", f"measured {THP}", "at the floor", "met")
+        ),
     ]
     return Table("Bars, and what was measured", headings, groups)
 
@@ -106,6 +109,7 @@ def _bar_cells(verdict: Verdict, kind: str) -> list[Cell]:
         Cell(number(verdict.measured), "num"),
         Cell(huge, "num"),
         Cell(number(verdict.measured_huge), "num"),
+        Cell(number(verdict.limit), "num"),
         met,
     ]
 

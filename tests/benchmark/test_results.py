@@ -88,12 +88,13 @@ def test_bars_are_met_or_not() -> None:
     assert (maskgit.bar.bound, maskgit.measured, maskgit.measured_huge, maskgit.met) == (
         2.3, 4.25, 2.125, True,
     )  # fmt: skip
+    assert maskgit.limit == 42.5 / 5.0  # eager's time over the floor
     maskgen = verdicts["soft_embedding", "maskgen-64", "ratio", "eager", "both"]
     assert (maskgen.bar.bound_huge, maskgen.measured_huge, maskgen.met) == (3.6, 4.0625, True)
     sampling = verdicts["sample_tokens", "maskgit", "ratio", "softmax + multinomial", "forward"]
     assert (sampling.measured, sampling.met) == (2.75, False)
     share = verdicts["soft_embedding", "maskgit", "share", "eager", "forward"]
-    assert (share.measured, share.met) == (0.5, False)
+    assert (share.measured, share.met, share.limit) == (0.5, False, None)
 
 
 def test_the_bound_with_huge_pages_counts_too() -> None:

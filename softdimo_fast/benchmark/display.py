@@ -15,7 +15,7 @@ from softdimo_fast.benchmark.worker import budget
 
 # Seconds on two cores of a server of 2023, beside the budgets: starting, with the ceilings; building and
 # checking a case; compiling.
-START, QUICK_START, CASE, COMPILATION = 10.0, 6.0, 0.4, 5.0
+START, QUICK_START, CASE, COMPILATION = 10.0, 6.0, 0.4, 4.0
 # Seconds of one call for each multiply-add of a product, and for each entry of the logits, in the mean of
 # the implementations; half dtypes are faster in the first.
 PRODUCT, ENTRY = 1 / 1.4e11, 3e-9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from softdimo_fast.benchmark.workloads import build, peers
 from softdimo_fast.benchmark.workloads.common import (
     TEMPERATURE,
     Absent,
+    Function,
     Implementation,
     Inputs,
     Workload,
@@ -121,6 +123,21 @@ def test_torch_compile_agrees_too() -> None:
     value = accuracy.errors(workload, compiled, true).value
     assert value is not None
     assert value < TOLERANCE["float32"]
+
+
+def test_compilations_do_not_count_as_recompilations_of_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They share their source lines, which torch refuses to compile too often."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+    def make(number: int) -> Function:
+        return lambda inputs: inputs["x"] + number
+
+    x = torch.zeros(2)
+    for number in range(torch._dynamo.config.recompile_limit + 2):
+        value = peers.compiled(make(number)).function({"x": x})
+        assert torch.equal(value, x + number)
 
 
 def test_the_published_surrogate_of_a_reverse_kl() -> None:

@@ -17,7 +17,12 @@ from softdimo_fast.benchmark.workloads.names import CCE, COMPILED, LIGER
 
 
 def compiled(lean: Function) -> Implementation:
-    """``torch.compile`` of the lean expression; it compiles in its first call."""
+    """``torch.compile`` of the lean expression; it compiles in its first call.
+
+    Earlier compilations are forgotten: expressions of one source line would otherwise count as recompilations
+    of each other, of which there is a limit.
+    """
+    torch.compiler.reset()
     return Implementation(
         COMPILED, torch.compile(lean, dynamic=False, fullgraph=True), compiled=True
     )

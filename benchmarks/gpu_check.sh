@@ -106,6 +106,7 @@ bench() {
   local device=cuda
   if [ "$DEVICE" = none ]; then device=cpu; fi
   # Kept beside the log, and cut off before the part's own limit: finished cases are in the table.
+  rm -rf build/gpu-bench
   timeout --signal=INT $((LIMIT - 30)) $PYTHON -m softdimo_fast.benchmark --device "$device" --out build/gpu-bench ${BENCH_ARGS:-}
   local code=$?
   find build/gpu-bench -maxdepth 1 -name '*.csv' -exec cp {} "$OUT/results.csv" \;

@@ -69,5 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"softdimo_fast.benchmark: {error}", file=sys.stderr)
         return WRONG_INPUT
     except KeyboardInterrupt:
-        print("softdimo_fast.benchmark: interrupted; --resume goes on", file=sys.stderr)
+        print(
+            "softdimo_fast.benchmark: interrupted; what was finished is in the report, and --resume goes on",
+            file=sys.stderr,
+        )
         return INTERRUPTED

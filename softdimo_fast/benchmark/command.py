@@ -44,6 +44,7 @@ def run(
 
     Raises:
         BenchmarkError: an option, a file or the folder is not as it must be, or a worker failed.
+        KeyboardInterrupt: it was stopped; what was finished is kept, and in the three files.
     """
     chosen.check()
     if not 0 <= tolerance < 1:
@@ -51,9 +52,12 @@ def run(
     committed = None if table is None else results.from_csv(table)
     _require_device(chosen.device)
     _prepare(out, chosen, resume=resume)
-    _measure(out, chosen)
-    found = results.collect(out, chosen.selected(), chosen.allocators)
-    write_report(out, found)
+    try:
+        _measure(out, chosen)
+    finally:  # a run that was stopped has a report too, of what it finished
+        found = results.collect(out, chosen.selected(), chosen.allocators)
+        if found.rows:
+            write_report(out, found)
     print(_summary(found))
     print(f"Open {out / HTML}; the same in {out / MARKDOWN} and {out / CSV}", flush=True)
     if committed is None:

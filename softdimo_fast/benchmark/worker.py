@@ -37,7 +37,7 @@ def budget(chosen: settings.Settings) -> Budget:
         return TINY
     spent = QUICK if chosen.quick else FULL
     # A GPU takes longer to settle its clocks.
-    return replace(spent, warm_up=0.2) if chosen.device == "cuda" else spent
+    return replace(spent, warm_up=0.1) if chosen.device == "cuda" else spent
 
 
 def main(folder: Path, allocator: str) -> None:

@@ -36,10 +36,26 @@ def killed_after_the_first_case(folder: Path) -> None:
     worker.wait()
 
 
+def stopped_before_the_next(folder: Path) -> None:
+    """Ctrl-C while nothing new was finished: what there is makes a report."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "_run_worker", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            command.run(folder, SMALLEST, resume=True)
+    found = results.from_csv(folder / command.CSV)
+    assert {row.operator for row in found.rows} == {FIRST.partition("+")[0]}
+    assert (folder / command.HTML).exists()
+
+
+def interrupt(*_arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_killed_run_is_resumed_and_its_report_written(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     killed_after_the_first_case(tmp_path)
+    stopped_before_the_next(tmp_path)
     kept = tmp_path / "cases" / "default" / f"{FIRST}.json"
     before = kept.stat().st_mtime_ns
     assert command.run(tmp_path, SMALLEST, resume=True) == 0

@@ -38,6 +38,8 @@ struct Row {
   T top, t;
   uint64_t id;
   bool truncated;
+  const char* next;  // the next row: fetched while this one is scored
+  int64_t item;      // bytes of one of its logits
 };
 
 template <class T>
@@ -80,6 +82,9 @@ float score_chunk(const Row<T> row, const RoundKeys& keys, uint32_t offset, int6
   const float factor = static_cast<float>(slope < 1e30 ? slope : 1e30) * kUnit;  // finite: a bound stays a bound
   Vec<float> best = splat(-HUGE_VALF);
   for (int64_t v = 0; v < count; v += kUniformStep) {
+    for (int64_t byte = 0; byte < kUniformStep * row.item; byte += 64) {
+      __builtin_prefetch(row.next + (first + v) * row.item + byte, 0, 2);
+    }
     if (row.truncated && all_dropped(row.z + first + v)) {  // then no random words are needed
       store(chunk.score + v, splat(-HUGE_VALF));
       store(chunk.score + v + kLanes<float>, splat(-HUGE_VALF));
@@ -178,7 +183,8 @@ T log_probability(T* z, int64_t count, T top, T t, int64_t token) {
 // Sets the entries that truncation drops to -inf.
 template <class T>
 void truncate_entries(const SampleTokens& s, T t, T* z, T* x, T* scratch) {
-  for (int64_t v = 0; v < whole_vectors<T>(s.vocabulary); v += kLanes<T>) store(x + v, load(z + v) / t);
+  if (t == T(1)) x = z;  // a division costs as much as the noise
+  for (int64_t v = 0; v < whole_vectors<T>(s.vocabulary) && x != z; v += kLanes<T>) store(x + v, load(z + v) / t);
   drop_entries(truncate_row(x, s.vocabulary, s.top_k, s.top_p, scratch), x, 0, s.vocabulary, z);
 }
 
@@ -198,7 +204,9 @@ void draw(const SampleTokens& s, int64_t begin, int64_t end) {
     if (valid) {
       if (truncates) truncate_entries(s, t, z.get(), x.get(), scratch.get());
       const int64_t id = s.row_ids != nullptr ? s.row_ids[n] : n;
-      token = best_entry(s, keys, Row<T>{z.get(), top, t, static_cast<uint64_t>(id), truncates});
+      const int64_t item = size_of(s.logits_type);
+      const char* next = static_cast<const char*>(s.logits) + s.logits_rows.offset(n + 1 < end ? n + 1 : n) * item;
+      token = best_entry(s, keys, Row<T>{z.get(), top, t, static_cast<uint64_t>(id), truncates, next, item});
     }
     s.tokens[n] = token;
     if (s.log_prob == nullptr) continue;

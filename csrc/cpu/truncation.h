@@ -38,7 +38,7 @@ int64_t truncation_scratch(int64_t count) {
   return 3 * whole_vectors<T>(count);
 }
 
-// Sets y to -inf where x, the entries [first, first + count) of the row, is dropped.
+// Sets y to -inf where x, the entries [first, first + count) of the row, is dropped. y may be x.
 template <class T>
 void drop_entries(const Kept<T>& kept, const T* x, int64_t first, int64_t count, T* y) {
   const int64_t ties = kept.last < first ? 0 : smaller(kept.last - first + 1, count);

@@ -167,7 +167,7 @@ def _explain(logits: Tensor, **options: Any) -> Explanation:
     return Explanation(
         operator=NAME,
         backend=call.choice.backend,
-        kernel=f"softdimo::sample_tokens, {_library.cpu_isa()}" if cpp else "plain torch",
+        kernel=f"softdimo::sample_tokens, {_library.cpu_vector_isa()}" if cpp else "plain torch",
         reason=call.choice.reason,
         notes=tuple(notes),
         bytes=logits.numel() * item + rows * (8 + (max(item, 4) if call.log_prob else 0)),

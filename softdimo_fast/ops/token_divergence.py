@@ -303,7 +303,9 @@ _registration.reference_operator(
 
 def kernel(operator: str, choice: _backends.Choice) -> str:
     return (
-        f"softdimo::{operator}, {_library.cpu_isa()}" if choice.backend == "cpp" else "plain torch"
+        f"softdimo::{operator}, {_library.cpu_vector_isa()}"
+        if choice.backend == "cpp"
+        else "plain torch"
     )
 
 

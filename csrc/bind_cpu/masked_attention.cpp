@@ -8,6 +8,8 @@ namespace {
 
 const MaskedAttentionTable& masked_attention_table() { return SOFTDIMO_PRODUCT_TABLE(masked_attention_table); }
 
+bool has_bf16_products() { return masked_attention_table().bfloat16.forward != nullptr; }
+
 // A call with the tensors it points at.
 struct Prepared {
   MaskedAttention call{};
@@ -51,7 +53,11 @@ Prepared prepare(const Tensor& query, const Tensor& key, const Tensor& value, co
   Prepared prepared;
   const bool wide = is_double(query) || is_double(key) || is_double(value);
   prepared.compute = wide ? ScalarType::Double : ScalarType::Float;
-  prepared.kernels = wide ? masked_attention_table().float64 : masked_attention_table().float32;
+  const bool half = has_bf16_products() && query.scalar_type() == ScalarType::BFloat16 &&
+                    key.scalar_type() == ScalarType::BFloat16 && value.scalar_type() == ScalarType::BFloat16;
+  prepared.kernels = half   ? masked_attention_table().bfloat16
+                     : wide ? masked_attention_table().float64
+                            : masked_attention_table().float32;
   MaskedAttention& a = prepared.call;
   a.batch = query.size(0);
   a.heads = query.size(1);
@@ -110,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(
   };
   Tensor dquery = gradient(wanted[0], query), dkey = gradient(wanted[1], key), dvalue = gradient(wanted[2], value);
   const AttentionBackward job{a,
-                              prepared.heads(grad),
+                              prepared.heads(torch::stable::to(grad, query.scalar_type())),
                               tops.const_data_ptr(),
                               sums.const_data_ptr(),
                               wanted[0] ? dquery.mutable_data_ptr() : nullptr,

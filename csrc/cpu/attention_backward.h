@@ -46,6 +46,7 @@ struct BackwardScratch {
         factors(kBackwardRows),
         kept(a.keys),
         wanted(a.queries),
+        ahead(2 * a.queries + 2 * kBackwardRows + 2 * a.keys, row_bytes(a)),
         most_queries(rounded_up(a.queries, 32)) {
     for (int64_t i = 0; i < kBackwardRows; ++i) factors[i] = P::kScalesQueries ? static_cast<T>(a.scale) : T(1);
   }
@@ -59,6 +60,7 @@ struct BackwardScratch {
   Scratch<E> weights, slopes;
   Scratch<T> scores, dweights, dquery, dkey, dvalue, lines, rows, factors;
   Scratch<int64_t> kept, wanted;
+  Ahead ahead;
   int64_t most_queries;
 };
 
@@ -114,8 +116,8 @@ struct KeyBlock {
 
 // One block of keys with one block of wanted queries [first, first + rows): the sums of Statistics, or the gradients.
 template <class P>
-void backward_block(const AttentionBackward& b, const Place& at, const BackwardScratch<P>& x, const KeyBlock<P>& block,
-                    int64_t first, int64_t rows, bool sums, bool gradients) {
+void backward_block(const AttentionBackward& b, const Place& at, BackwardScratch<P>& x, const KeyBlock<P>& block,
+                    int64_t first, int64_t rows, bool sums, bool gradients, int64_t blocks_left) {
   using T = typename P::Number;
   const MaskedAttention& a = b.call;
   const T scale = static_cast<T>(a.scale);
@@ -128,10 +130,10 @@ void backward_block(const AttentionBackward& b, const Place& at, const BackwardS
   read_block<P>(b.grad, at, x.wanted.get() + first, T(1), grads);
   T *scores = x.scores.get(), *dweights = x.dweights.get();
   P::multiply(keys, rows, a.width, P::left(block.keys), P::right_across(queries, x.queries_across.get()), scores, row,
-              false);
+              false, x.ahead.share(2 * blocks_left));
   if (slopes_wanted) {
     P::multiply(keys, rows, a.value_width, P::left(block.values), P::right_across(grads, x.grads_across.get()),
-                dweights, row, false);
+                dweights, row, false, x.ahead.share(2 * blocks_left - 1));
   }
   const Statistics<T> statistics = x.statistics();
   const typename P::Weights weights = P::weights(scores, row, keys, rows, x.weights.get());
@@ -143,22 +145,23 @@ void backward_block(const AttentionBackward& b, const Place& at, const BackwardS
     }
   }
   if (!gradients) return;
+  const Prefetch nothing(nullptr, 0, 0);
   if (b.dvalue != nullptr) {
-    P::multiply(keys, a.value_width, rows, weights.left(), P::right(grads, x.grads_right.get()), x.dvalue.get(),
-                dvalue_row, first > 0);
+    P::multiply(keys, a.value_width, rows, weights.left(rows, keys), P::right(grads, x.grads_right.get()), x.dvalue.get(),
+                dvalue_row, first > 0, nothing);
   }
   if (b.dkey != nullptr) {
-    P::multiply(keys, a.width, rows, slopes.left(), P::right(queries, x.queries_right.get()), x.dkey.get(), dkey_row,
-                first > 0);
+    P::multiply(keys, a.width, rows, slopes.left(rows, keys), P::right(queries, x.queries_right.get()), x.dkey.get(), dkey_row,
+                first > 0, nothing);
   }
   if (b.dquery != nullptr) {
     P::multiply(a.width, rows, keys, block.keys_across, slopes.right(rows, keys), x.dquery_slab(first), row,
-                block.earlier);
+                block.earlier, nothing);
   }
 }
 
 template <class P>
-KeyBlock<P> read_keys(const MaskedAttention& a, const Place& at, const BackwardScratch<P>& x, int64_t first,
+KeyBlock<P> read_keys(const MaskedAttention& a, const Place& at, BackwardScratch<P>& x, int64_t first,
                       int64_t count) {
   using T = typename P::Number;
   KeyBlock<P> block{{x.keys.get(), P::row_stride(a.width), count, a.width},
@@ -183,7 +186,7 @@ void write_rows(const T* from, int64_t from_row, int64_t width, const int64_t* n
 
 // Loads the saved statistics of the wanted rows; lanes beyond them get weights of zero.
 template <class P>
-void load_statistics(const AttentionBackward& b, const Place& at, const BackwardScratch<P>& x, int64_t rows) {
+void load_statistics(const AttentionBackward& b, const Place& at, BackwardScratch<P>& x, int64_t rows) {
   using T = typename P::Number;
   const Statistics<T> s = x.statistics();
   for (int64_t m = 0; m < rounded_up(rows, kLanes<T>); ++m) {
@@ -195,7 +198,7 @@ void load_statistics(const AttentionBackward& b, const Place& at, const Backward
 }
 
 template <class P>
-void clear_gradients(const AttentionBackward& b, const Place& at, const BackwardScratch<P>& x, int64_t kept,
+void clear_gradients(const AttentionBackward& b, const Place& at, BackwardScratch<P>& x, int64_t kept,
                      int64_t rows) {
   const MaskedAttention& a = b.call;
   const auto clear = [&](void* out, const int64_t* numbers, int64_t count, int64_t length, int64_t row_bytes) {
@@ -208,7 +211,7 @@ void clear_gradients(const AttentionBackward& b, const Place& at, const Backward
 }
 
 template <class P>
-void backward_task(const AttentionBackward& b, const Place& at, const BackwardScratch<P>& x) {
+void backward_task(const AttentionBackward& b, const Place& at, const Place* next, BackwardScratch<P>& x) {
   using T = typename P::Number;
   const MaskedAttention& a = b.call;
   int64_t kept = taking_part(a.key_mask, at.batch, 0, a.keys, x.kept.get());
@@ -217,13 +220,27 @@ void backward_task(const AttentionBackward& b, const Place& at, const BackwardSc
   clear_gradients<P>(b, at, x, kept, rows);
   if (rows == 0) return;
   load_statistics<P>(b, at, x, rows);
+  const int64_t first_rows = smaller(rows, kBackwardRows);
+  x.ahead.clear();
+  for (int64_t m = first_rows; m < rows; m += kBackwardRows) {
+    const int64_t count = smaller(kBackwardRows, rows - m);
+    x.ahead.add(a.query, at, x.wanted.get() + m, count);
+    x.ahead.add(b.grad, at, x.wanted.get() + m, count);
+  }
+  if (next != nullptr) {
+    x.ahead.add(a.key, *next, x.kept.get(), kept);
+    x.ahead.add(a.value, *next, x.kept.get(), kept);
+    x.ahead.add(a.query, *next, x.wanted.get(), first_rows);
+    x.ahead.add(b.grad, *next, x.wanted.get(), first_rows);
+  }
   const Parts parts = cut(kept, kBackwardKeys);
   const auto pass = [&](int64_t part, bool sums, bool gradients) {
     const int64_t first = part * parts.size, count = smaller(parts.size, kept - first);
     const KeyBlock<P> block = read_keys<P>(a, at, x, first, count);
     for (int64_t m = 0; m < rows; m += kBackwardRows) {
       const int64_t size = smaller(kBackwardRows, rows - m);
-      backward_block<P>(b, at, x, block, m, size, sums, gradients);
+      const int64_t blocks_left = part > 0 ? 1 : (rows - m + kBackwardRows - 1) / kBackwardRows;
+      backward_block<P>(b, at, x, block, m, size, sums, gradients, blocks_left);
       if (!gradients || part + 1 < parts.count || b.dquery == nullptr) continue;
       write_columns(x.dquery_slab(m), x.kScoreRow, a.width, x.wanted.get() + m, size, x.factors.get(), x.lines.get(),
                     b.dquery, a.query.type, at.index * a.queries);
@@ -244,8 +261,12 @@ void backward_task(const AttentionBackward& b, const Place& at, const BackwardSc
 template <class P>
 void backward(const AttentionBackward& b, int64_t begin, int64_t end) {
   const typename P::Scope scope;
-  const BackwardScratch<P> scratch(b.call);
-  for (int64_t head = begin; head < end; ++head) backward_task<P>(b, place_of(b.call, head), scratch);
+  BackwardScratch<P> scratch(b.call);
+  for (int64_t head = begin; head < end; ++head) {
+    const Place at = place_of(b.call, head), next = place_of(b.call, head + 1);
+    const bool known = head + 1 < end && next.batch == at.batch;  // and so of the same rows
+    backward_task<P>(b, at, known ? &next : nullptr, scratch);
+  }
 }
 
 }  // namespace softdimo::cpu::SOFTDIMO_ISA

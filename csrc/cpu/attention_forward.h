@@ -31,13 +31,15 @@ struct ForwardScratch {
         sum(rounded_up(chunk, 32)),
         shrink(kForwardRows),
         kept(a.keys),
-        wanted(chunk) {}
+        wanted(chunk),
+        ahead(chunk + kForwardRows + 2 * a.keys, row_bytes(a)) {}
 
   static constexpr int64_t kScoreRow = kForwardRows + kPad;
   int64_t most_keys, slabs, slab;
   Scratch<E> keys, values, queries, values_across, queries_across, weights;
   Scratch<T> scores, output, lines, top, sum, shrink;
   Scratch<int64_t> kept, wanted;
+  Ahead ahead;
 };
 
 // Scores of one vector of queries become exp(s - max); updates their running maximum and sum, and says by how much
@@ -70,9 +72,9 @@ void weigh(const T* scores, int64_t row, int64_t keys, T scale, const typename P
 
 // One block of keys with one block of wanted queries [first, first + rows): adds to their output [d_v, queries].
 template <class P>
-void forward_block(const AttentionForward& f, const Place& at, const ForwardScratch<P>& x,
+void forward_block(const AttentionForward& f, const Place& at, ForwardScratch<P>& x,
                    const Block<typename P::Entry>& keys, typename P::Left values, int64_t first, int64_t rows,
-                   typename P::Number* output, bool add) {
+                   typename P::Number* output, bool add, int64_t products_left) {
   using T = typename P::Number;
   const MaskedAttention& a = f.call;
   const T scale = static_cast<T>(a.scale);
@@ -80,7 +82,8 @@ void forward_block(const AttentionForward& f, const Place& at, const ForwardScra
   const Block<typename P::Entry> queries{x.queries.get(), P::row_stride(a.width), rows, a.width};
   read_block<P>(a.query, at, x.wanted.get() + first, P::kScalesQueries ? scale : T(1), queries);
   const auto right = P::right_across(queries, x.queries_across.get());
-  P::multiply(keys.count, rows, a.width, P::left(keys), right, x.scores.get(), row, false);
+  P::multiply(keys.count, rows, a.width, P::left(keys), right, x.scores.get(), row, false,
+              x.ahead.share(products_left));
   const typename P::Weights weights = P::weights(x.scores.get(), row, keys.count, rows, x.weights.get());
   for (int64_t m = 0; m < lanes; m += kLanes<T>) {
     weigh<P>(x.scores.get() + m, row, keys.count, scale, weights, m, x.top.get() + first + m, x.sum.get() + first + m,
@@ -89,12 +92,13 @@ void forward_block(const AttentionForward& f, const Place& at, const ForwardScra
       store(output + d * row + m, load(output + d * row + m) * load(x.shrink.get() + m));
     }
   }
-  P::multiply(a.value_width, rows, keys.count, values, weights.right(rows, keys.count), output, row, add);
+  P::multiply(a.value_width, rows, keys.count, values, weights.right(rows, keys.count), output, row, add,
+              x.ahead.share(products_left - 1));
 }
 
 // Output and statistics of wanted queries [first, first + rows).
 template <class P>
-void write_output(const AttentionForward& f, const Place& at, const ForwardScratch<P>& x, int64_t first, int64_t rows,
+void write_output(const AttentionForward& f, const Place& at, ForwardScratch<P>& x, int64_t first, int64_t rows,
                   const typename P::Number* output) {
   using T = typename P::Number;
   const MaskedAttention& a = f.call;
@@ -110,7 +114,8 @@ void write_output(const AttentionForward& f, const Place& at, const ForwardScrat
 }
 
 template <class P>
-void forward_task(const AttentionForward& f, const Place& at, int64_t begin, int64_t end, const ForwardScratch<P>& x) {
+void forward_task(const AttentionForward& f, const Place& at, const Place* next, int64_t begin, int64_t end,
+                  ForwardScratch<P>& x) {
   using T = typename P::Number;
   const MaskedAttention& a = f.call;
   const int64_t kept = taking_part(a.key_mask, at.batch, 0, a.keys, x.kept.get());
@@ -127,6 +132,14 @@ void forward_task(const AttentionForward& f, const Place& at, int64_t begin, int
     x.top[m] = -HUGE_VAL;
     x.sum[m] = 0;
   }
+  x.ahead.clear();
+  const int64_t first_rows = smaller(rows, kForwardRows);
+  x.ahead.add(a.query, at, x.wanted.get() + first_rows, rows - first_rows);
+  if (next != nullptr) {
+    x.ahead.add(a.key, *next, x.kept.get(), kept);
+    x.ahead.add(a.value, *next, x.kept.get(), kept);
+    x.ahead.add(a.query, *next, x.wanted.get(), first_rows);
+  }
   const Parts parts = cut(kept, kForwardKeys);
   for (int64_t part = 0; part < parts.count; ++part) {
     const int64_t first_key = part * parts.size, count = smaller(parts.size, kept - first_key);
@@ -138,7 +151,8 @@ void forward_task(const AttentionForward& f, const Place& at, int64_t begin, int
     for (int64_t m = 0; m < rows; m += kForwardRows) {
       T* output = x.output.get() + (parts.count > 1 ? m / kForwardRows * x.slab : 0);
       const int64_t block = smaller(kForwardRows, rows - m);
-      forward_block<P>(f, at, x, keys, across, m, block, output, part > 0);
+      const int64_t products_left = part > 0 ? 1 : 2 * ((rows - m + kForwardRows - 1) / kForwardRows);
+      forward_block<P>(f, at, x, keys, across, m, block, output, part > 0, products_left);
       if (part + 1 == parts.count) write_output<P>(f, at, x, m, block, output);
     }
   }
@@ -148,11 +162,14 @@ template <class P>
 void forward(const AttentionForward& f, int64_t begin, int64_t end) {
   const MaskedAttention& a = f.call;
   const typename P::Scope scope;
-  const ForwardScratch<P> scratch(a, f.chunk);
+  ForwardScratch<P> scratch(a, f.chunk);
   const int64_t chunks = (a.queries + f.chunk - 1) / f.chunk;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t head = task / chunks, first = task % chunks * f.chunk;
-    forward_task<P>(f, place_of(a, head), first, smaller(first + f.chunk, a.queries), scratch);
+    const Place at = place_of(a, task / chunks), next = place_of(a, at.index + 1);
+    // The next head reads the same rows where it is of the same sample.
+    const bool known = chunks == 1 && task + 1 < end && next.batch == at.batch;
+    const int64_t first = task % chunks * f.chunk;
+    forward_task<P>(f, at, known ? &next : nullptr, first, smaller(first + f.chunk, a.queries), scratch);
   }
 }
 

@@ -4,6 +4,8 @@
 #include "softdimo/masked_attention.h"
 
 #include "gemm.h"
+#include "prefetch.h"
+#include "scratch.h"
 #include "transpose.h"
 
 namespace softdimo::cpu::SOFTDIMO_ISA {
@@ -52,6 +54,36 @@ void read_block(const Heads& tensor, const Place& at, const int64_t* numbers, ty
     P::read(tensor, tensor.offset(at.batch, at.head, numbers[i]), block.width, scale, block.data + i * block.row);
   }
   P::finish(block);
+}
+
+// Rows that are read soon, for products to fetch meanwhile: a head's inputs come from memory, or from other caches.
+class Ahead {
+ public:
+  Ahead(int64_t most_rows, int64_t bytes) : rows_(most_rows), bytes_(bytes) {}
+
+  void clear() { begin_ = end_ = 0; }
+  void add(const Heads& tensor, const Place& at, const int64_t* numbers, int64_t count) {
+    const char* head = static_cast<const char*>(tensor.data) + tensor.offset(at.batch, at.head, 0) * size_of(tensor.type);
+    const int64_t step = tensor.stride[2] * size_of(tensor.type);
+    for (int64_t i = 0; i < count; ++i) rows_[end_++] = head + numbers[i] * step;
+  }
+  // The first of `parts` equal shares of what is left.
+  Prefetch share(int64_t parts) {
+    const int64_t count = parts > 1 ? (end_ - begin_ + parts - 1) / parts : end_ - begin_;
+    begin_ += count;
+    return {rows_.get() + begin_ - count, count, bytes_};
+  }
+
+ private:
+  Scratch<const void*> rows_;
+  int64_t bytes_, begin_ = 0, end_ = 0;
+};
+
+// Bytes of the longest row of keys, values and queries.
+inline int64_t row_bytes(const MaskedAttention& a) {
+  const int64_t key = a.width * size_of(a.key.type), query = a.width * size_of(a.query.type);
+  const int64_t value = a.value_width * size_of(a.value.type), longer = key > query ? key : query;
+  return value > longer ? value : longer;
 }
 
 // Writes rows of `width` from columns of `from` [width, queries], times a factor per query, to rows `numbers` of head

@@ -25,9 +25,19 @@
 
 namespace softdimo::cpu::SOFTDIMO_ISA {
 
+namespace {
+
+template <class P>
+constexpr MaskedAttentionKernels kKernels = {forward<P>, backward<P>};
+
+}  // namespace
+
 const MaskedAttentionTable& masked_attention_table() {
-  static constexpr MaskedAttentionTable table = {
-      {forward<Plain<float>>, backward<Plain<float>>}, {forward<Plain<double>>, backward<Plain<double>>}, {}};
+#ifdef __AVX512BF16__
+  static constexpr MaskedAttentionTable table = {kKernels<Plain<float>>, kKernels<Plain<double>>, kKernels<Rounded>};
+#else
+  static constexpr MaskedAttentionTable table = {kKernels<Plain<float>>, kKernels<Plain<double>>, {}};
+#endif
   return table;
 }
 

@@ -72,8 +72,8 @@ void weigh_again(T* scores, const T* dweights, int64_t row, int64_t keys, T scal
   const auto dominated = inverse > T(0.5);
   Vec<T> shift = load(x.shift + query), total = load(x.total + query), mass = load(x.mass + query);
   for (int64_t j = 0; j < keys; ++j) {
-    const Vec<T> s = P::scaled(load(scores + j * row), scale);
-    const Vec<T> p = exp_nonpositive(s - top) * inverse;
+    const Vec<T> score = load(scores + j * row), s = P::scaled(score, scale);
+    const Vec<T> p = P::weight(score, scale, top) * inverse;
     store(scores + j * row, p);
     if (!sums) continue;
     const Vec<T> slope = load(dweights + j * row);
@@ -242,7 +242,7 @@ void backward_task(const AttentionBackward& b, const Place& at, const Place* nex
       const int64_t blocks_left = part > 0 ? 1 : (rows - m + kBackwardRows - 1) / kBackwardRows;
       backward_block<P>(b, at, x, block, m, size, sums, gradients, blocks_left);
       if (!gradients || part + 1 < parts.count || b.dquery == nullptr) continue;
-      write_columns(x.dquery_slab(m), x.kScoreRow, a.width, x.wanted.get() + m, size, x.factors.get(), x.lines.get(),
+      P::write_columns(x.dquery_slab(m), x.kScoreRow, a.width, x.wanted.get() + m, size, x.factors.get(), x.lines.get(),
                     b.dquery, a.query.type, at.index * a.queries);
     }
     const int64_t* numbers = x.kept.get() + first;

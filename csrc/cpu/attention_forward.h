@@ -32,7 +32,7 @@ struct ForwardScratch {
         shrink(kForwardRows),
         kept(a.keys),
         wanted(chunk),
-        ahead(chunk + kForwardRows + 2 * a.keys, row_bytes(a)) {}
+        ahead(2 * chunk + kForwardRows + 2 * a.keys, row_bytes(a)) {}
 
   static constexpr int64_t kScoreRow = kForwardRows + kPad;
   int64_t most_keys, slabs, slab;
@@ -60,8 +60,8 @@ void weigh(const T* scores, int64_t row, int64_t keys, T scale, const typename P
   Vec<T> total{};
   for (int64_t j = 0; j < keys; j += 2) {
     const bool both = j + 1 < keys;
-    const Vec<T> even = exp_nonpositive(P::scaled(load(scores + j * row), scale) - shift);
-    const Vec<T> odd = both ? exp_nonpositive(P::scaled(load(scores + (j + 1) * row), scale) - shift) : Vec<T>{};
+    const Vec<T> even = P::weight(load(scores + j * row), scale, shift);
+    const Vec<T> odd = both ? P::weight(load(scores + (j + 1) * row), scale, shift) : Vec<T>{};
     total += weights.template put<false, true>(j, query, even, odd, both);
   }
   const Vec<T> factor = exp_nonpositive(load(top) - shift);
@@ -109,7 +109,7 @@ void write_output(const AttentionForward& f, const Place& at, ForwardScratch<P>&
     static_cast<T*>(f.row_sum)[row] = x.sum[first + m];
     inverse[m] = T(1) / x.sum[first + m];
   }
-  write_columns(output, x.kScoreRow, a.value_width, x.wanted.get() + first, rows, inverse, x.lines.get(), f.output,
+  P::write_columns(output, x.kScoreRow, a.value_width, x.wanted.get() + first, rows, inverse, x.lines.get(), f.output,
                 a.query.type, at.index * a.queries);
 }
 
@@ -134,7 +134,13 @@ void forward_task(const AttentionForward& f, const Place& at, const Place* next,
   }
   x.ahead.clear();
   const int64_t first_rows = smaller(rows, kForwardRows);
-  x.ahead.add(a.query, at, x.wanted.get() + first_rows, rows - first_rows);
+  const int64_t out_row = a.value_width, out_head = a.queries * out_row;
+  const Heads output{f.output, a.query.type, {a.heads * out_head, out_head, out_row}};
+  for (int64_t m = 0; m < rows; m += kForwardRows) {
+    const int64_t last = smaller(m + kForwardRows, rows);
+    x.ahead.add(output, at, x.wanted.get() + m, last - m);
+    x.ahead.add(a.query, at, x.wanted.get() + last, smaller(kForwardRows, rows - last));
+  }
   if (next != nullptr) {
     x.ahead.add(a.key, *next, x.kept.get(), kept);
     x.ahead.add(a.value, *next, x.kept.get(), kept);

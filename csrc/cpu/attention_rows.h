@@ -86,22 +86,6 @@ inline int64_t row_bytes(const MaskedAttention& a) {
   return value > longer ? value : longer;
 }
 
-// Writes rows of `width` from columns of `from` [width, queries], times a factor per query, to rows `numbers` of head
-// `head` of a contiguous tensor.
-template <class T>
-void write_columns(const T* from, int64_t from_row, int64_t width, const int64_t* numbers, int64_t count,
-                   const T* factor, T* lines, void* out, DType type, int64_t first_row) {
-  const int64_t wide = rounded_up(width, kLanes<T>);
-  for (int64_t m = 0; m < count; m += kLanes<T>) {
-    for (int64_t d = 0; d < wide; d += kLanes<T>) transpose(from + d * from_row + m, from_row, lines + d, wide, kLanes<T>);
-    for (int64_t i = 0; i < smaller(kLanes<T>, count - m); ++i) {
-      T* line = lines + i * wide;
-      for (int64_t d = 0; d < width; ++d) line[d] *= factor[m + i];
-      narrow(line, width, out, type, (first_row + numbers[m + i]) * width);
-    }
-  }
-}
-
 // Zeros in the rows of [begin, end) that are not among `numbers`.
 inline void clear_others(const int64_t* numbers, int64_t count, int64_t begin, int64_t end, int64_t row_bytes, char* out) {
   for (int64_t i = begin, next = 0; i < end; ++i) {

@@ -21,6 +21,7 @@
 #include "softdimo/masked_attention.h"
 
 #include "attention_backward.h"
+#include "attention_bf16.h"
 #include "attention_forward.h"
 
 namespace softdimo::cpu::SOFTDIMO_ISA {

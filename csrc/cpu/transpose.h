@@ -20,16 +20,13 @@ SOFTDIMO_ALWAYS_INLINE Vec<T> zip(Vec<T> a, Vec<T> b, Indices<I...>) {
   return __builtin_shufflevector(a, b, (First + I / 2 + I % 2 * kLanes<T>)...);
 }
 
-// kLanes rows of `in`, one vector each, become columns: the first `count` rows of the result are written to `out`.
-// Zipping rows i and i + kLanes / 2 moves the first bit of the row's number to the end of the lane's number; after
-// log2(kLanes) rounds row and lane have changed places.
+// kLanes vectors, the rows of a matrix, become its columns. Zipping rows i and i + kLanes / 2 moves the first bit of the
+// row's number to the end of the lane's number; after log2(kLanes) rounds row and lane have changed places.
 template <class T>
-SOFTDIMO_ALWAYS_INLINE void transpose(const T* in, int64_t in_row, T* out, int64_t out_row, int64_t count) {
+SOFTDIMO_ALWAYS_INLINE void transpose(Vec<T>* rows) {
   constexpr int kLane = kLanes<T>;
   using All = typename FirstIndices<kLane>::type;
-  Vec<T> rows[kLane], next[kLane];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLane; ++i) rows[i] = load(in + i * in_row);
+  Vec<T> next[kLane];
 #pragma GCC unroll 4
   for (int bit = 1; bit < kLane; bit *= 2) {
 #pragma GCC unroll 8
@@ -39,12 +36,6 @@ SOFTDIMO_ALWAYS_INLINE void transpose(const T* in, int64_t in_row, T* out, int64
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kLane; ++i) rows[i] = next[i];
-  }
-  if (count >= kLane) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLane; ++i) store(out + i * out_row, rows[i]);
-  } else {
-    for (int i = 0; i < count; ++i) store(out + i * out_row, rows[i]);
   }
 }
 

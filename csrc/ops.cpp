@@ -37,13 +37,13 @@ STABLE_TORCH_LIBRARY(softdimo, m) {
   // keep: 0 nothing; 1 row_max, row_sum and, where `output` is not it, the soft value in their dtype; 2 the logits too.
   m.def(
       "linear_soft_embedding(Tensor hidden, Tensor weight, Tensor codebook, Tensor? bias, float temperature, "
-      "Tensor? row_temperature, Tensor? mask, Tensor? mask_embedding, int keep) "
+      "Tensor? row_temperature, Tensor? mask, Tensor? mask_embedding, bool high_precision, int keep) "
       "-> (Tensor output, Tensor logits, Tensor row_max, Tensor row_sum, Tensor soft)");
   // wanted: gradients to hidden, weight, codebook, bias, row_temperature, mask_embedding.
   m.def(
       "linear_soft_embedding_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor codebook, Tensor? bias, "
-      "float temperature, Tensor? row_temperature, Tensor? mask, Tensor? mask_embedding, Tensor? logits, "
-      "Tensor row_max, Tensor row_sum, Tensor soft, bool[] wanted) "
+      "float temperature, Tensor? row_temperature, Tensor? mask, Tensor? mask_embedding, bool high_precision, "
+      "Tensor? logits, Tensor row_max, Tensor row_sum, Tensor soft, bool[] wanted) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // statistics: what the backward needs of each row, [..., 9].
   m.def(

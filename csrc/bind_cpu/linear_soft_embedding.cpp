@@ -76,7 +76,7 @@ void check_shapes(const Tensor& hidden, const Tensor& weight, const Tensor& code
 
 Prepared prepare(const Tensor& hidden, const Tensor& weight, const Tensor& codebook, const OptionalTensor& bias,
                  double temperature, const OptionalTensor& row_temperature, const OptionalTensor& mask,
-                 const OptionalTensor& mask_embedding) {
+                 const OptionalTensor& mask_embedding, bool high_precision) {
   check_shapes(hidden, weight, codebook, mask, mask_embedding);
   Prepared prepared;
   bool wide = is_double(hidden) || is_double(weight) || is_double(codebook) || is_double(bias);
@@ -95,6 +95,11 @@ Prepared prepare(const Tensor& hidden, const Tensor& weight, const Tensor& codeb
   prepared.rows = weight.dim() == 3 ? with(positions, s.groups) : positions;
   if (bias.has_value()) s.bias = prepared.matrix(*bias, prepared.rows);
   s.temperature = wide ? usable_temperature<double>(temperature) : usable_temperature<float>(temperature);
+  const auto is_half = [](const Tensor& tensor) { return tensor.scalar_type() == ScalarType::BFloat16; };
+  s.half = linear_soft_embedding_table().bfloat16_products && !wide && !high_precision && is_half(hidden) &&
+           is_half(weight) && is_half(codebook) && !sums_in_double(s) && !(mask.has_value() && s.groups > 1);
+  const int64_t slices = (s.vocabulary + kChainSlice - 1) / kChainSlice;
+  s.slice = s.half ? kSlice : (s.vocabulary + slices - 1) / slices;
   if (row_temperature.has_value()) {
     const Tensor like = torch::stable::new_empty(hidden, with(prepared.rows, 0), prepared.compute);
     s.row_temperature =
@@ -130,9 +135,9 @@ int64_t forward_block_rows(const Prepared& prepared) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_soft_embedding(
     const Tensor& hidden, const Tensor& weight, const Tensor& codebook, const OptionalTensor& bias, double temperature,
     const OptionalTensor& row_temperature, const OptionalTensor& mask, const OptionalTensor& mask_embedding,
-    int64_t keep) {
+    bool high_precision, int64_t keep) {
   const Prepared prepared =
-      prepare(hidden, weight, codebook, bias, temperature, row_temperature, mask, mask_embedding);
+      prepare(hidden, weight, codebook, bias, temperature, row_temperature, mask, mask_embedding, high_precision);
   const LinearSoftEmbedding& s = prepared.call;
   const auto kept = [&](bool wanted, const Shape& shape) {
     return wanted ? output(hidden, shape, prepared.compute) : torch::stable::new_empty(hidden, {0}, prepared.compute);
@@ -159,7 +164,7 @@ int64_t block_bytes(const Prepared& prepared, int64_t block, int64_t threads) {
   const LinearSoftEmbedding& s = prepared.call;
   const int64_t size = prepared.size(), sum = prepared.sum_size(), stride = block + 16, groups = s.groups;
   const int64_t hidden = round_up(s.weight.columns, kRowUnit), width = round_up(s.codebook.columns, kRowUnit);
-  const int64_t slices = slice_count(s.vocabulary);
+  const int64_t slices = s.slices();
   const int64_t shared = size * block * (2 * hidden + groups * width) + sum * block * groups * width +
                          size * stride * groups * (s.vocabulary + 4 + 5 * slices) + 8 * stride * groups * slices;
   const int64_t slice = size * kSlice * (std::max(hidden, width) + 16 + 2 * stride) +
@@ -174,14 +179,18 @@ struct Blocks {
   int64_t chain;  // by shapes alone, so that sums over rows form the same tree on any machine
 };
 
-Blocks backward_blocks(const Prepared& prepared) {
+// Larger blocks read and write the tables less often. Where the logits were kept memory is no concern: scratch of
+// their size, within kKeptBytes.
+Blocks backward_blocks(const Prepared& prepared, bool kept) {
   const int64_t threads = thread_count(), positions = prepared.call.positions;
-  constexpr int64_t kMostRows = 1024;
+  constexpr int64_t kMostRows = 1024, kKeptBytes = int64_t{32} << 20;
+  const int64_t logits = prepared.row_count() * prepared.call.vocabulary * prepared.size();
+  const int64_t budget = std::max(threads * kThreadBytes, kept ? std::min(logits, kKeptBytes) : 0);
   int64_t chain = 3 * kRowUnit;
-  while (chain > 16 && block_bytes(prepared, chain, 1) > kThreadBytes) chain -= chain > kRowUnit ? kRowUnit : 16;
+  while (chain > (prepared.call.half ? kRowUnit : 16) && block_bytes(prepared, chain, 1) > kThreadBytes) chain -= chain > kRowUnit ? kRowUnit : 16;
   int64_t rows = chain;
   while (rows < positions && rows + chain <= kMostRows &&
-         block_bytes(prepared, rows + chain, threads) <= threads * kThreadBytes) {
+         block_bytes(prepared, rows + chain, threads) <= budget) {
     rows += chain;
   }
   return {rows, chain};
@@ -247,7 +256,7 @@ std::vector<Tensor> share_scratch(const Prepared& prepared, int64_t block, bool 
   };
   const ScalarType compute = prepared.compute;
   const ScalarType sum = sums_in_double(s) ? ScalarType::Double : compute;
-  const int64_t rows = round_up(block, kRowUnit), slices = slice_count(s.vocabulary);
+  const int64_t rows = round_up(block, kRowUnit), slices = s.slices();
   const int64_t hidden = round_up(s.weight.columns, kRowUnit), width = round_up(s.codebook.columns, kRowUnit);
   job.stride = rows % 128 == 0 ? rows + 16 : rows;
   job.slice_fields = job.dtemperature != nullptr ? 5 : 1;
@@ -258,7 +267,8 @@ std::vector<Tensor> share_scratch(const Prepared& prepared, int64_t block, bool 
   job.row_state = scratch(4 * s.groups * job.stride, compute);
   job.partials = scratch(slices * job.slice_fields * s.groups * job.stride, compute);
   job.peaks = static_cast<int64_t*>(scratch(slices * s.groups * job.stride, ScalarType::Long));
-  job.dlogits = scratch(dlogits ? s.groups * s.vocabulary * job.stride : 0, compute);
+  job.dlogits_rows = slices * s.slice;
+  job.dlogits = scratch(dlogits ? s.groups * job.dlogits_rows * job.stride : 0, compute);
   return held;
 }
 
@@ -274,25 +284,24 @@ void run_block(const LinearSoftEmbeddingKernels& kernels, const LinearBackward& 
   const auto run = [&](void (*kernel)(const LinearBackward&, int64_t, int64_t), int64_t tasks) {
     parallel(tasks, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
   };
-  const int64_t slices = s.groups * slice_count(s.vocabulary);
+  const int64_t slices = s.groups * s.slices();
   run(kernels.load_rows, (job.count + kRowUnit - 1) / kRowUnit);
   run(kernels.slices, slices);
   if (!job.wants_dlogits()) return;
   parallel_rows(s.groups * job.count, [&](int64_t begin, int64_t end) { kernels.finish_rows(job, begin, end); });
-  if (job.dweight != nullptr) run(kernels.weight_gradient, slices);
-  if (job.dhidden != nullptr) run(kernels.hidden_gradient, (s.weight.columns + kRowUnit - 1) / kRowUnit);
-  if (job.dbias == nullptr) return;
-  if (bias_apart) {
+  if (job.dbias != nullptr && bias_apart) {
     parallel_rows(s.vocabulary, [&](int64_t begin, int64_t end) { kernels.bias_gradient(job, begin, end); });
-  } else {
+  } else if (job.dbias != nullptr) {
     kernels.bias_gradient(job, 0, s.vocabulary);
   }
+  run(kernels.weight_gradient, slices);
+  if (job.dhidden != nullptr) run(kernels.hidden_gradient, (s.weight.columns + kRowUnit - 1) / kRowUnit);
 }
 
 // Blocks of the positions that count, one after the other. Returns whether there was none.
 bool run_blocks(const Prepared& prepared, LinearBackward& job, bool bias_apart) {
   const LinearSoftEmbedding& s = prepared.call;
-  const Blocks blocks = backward_blocks(prepared);
+  const Blocks blocks = backward_blocks(prepared, job.logits != nullptr);
   const int64_t most = std::min(blocks.rows, std::max<int64_t>(s.positions, 1));
   const std::vector<Tensor> held = share_scratch(prepared, most, job.wants_dlogits(), job);
   std::vector<int64_t> position(static_cast<size_t>(blocks.rows));
@@ -340,9 +349,10 @@ Tensor mask_embedding_gradient(const Prepared& prepared, const RowMatrix& grad, 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_soft_embedding_backward(
     const Tensor& grad, const Tensor& hidden, const Tensor& weight, const Tensor& codebook, const OptionalTensor& bias,
     double temperature, const OptionalTensor& row_temperature, const OptionalTensor& mask,
-    const OptionalTensor& mask_embedding, const OptionalTensor& logits, const Tensor& row_max, const Tensor& row_sum,
+    const OptionalTensor& mask_embedding, bool high_precision, const OptionalTensor& logits, const Tensor& row_max, const Tensor& row_sum,
     const Tensor& soft, std::vector<bool> wanted) {
-  Prepared prepared = prepare(hidden, weight, codebook, bias, temperature, row_temperature, mask, mask_embedding);
+  Prepared prepared =
+      prepare(hidden, weight, codebook, bias, temperature, row_temperature, mask, mask_embedding, high_precision);
   const LinearSoftEmbedding& s = prepared.call;
   const int64_t rows = prepared.row_count();
   const auto fits = [&](const Tensor& tensor, int64_t count) {

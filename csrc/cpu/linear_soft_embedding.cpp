@@ -19,11 +19,18 @@
 //     finish_rows      the entry with p > 1/2 gets minus the sum of the other dz
 //     weight_gradient  dW[slice] += dz hidden           hidden_gradient  dh[:, columns] = dz^T W[:, columns]
 //
+// Where hidden, weight and codebook are bfloat16 and the processor multiplies bfloat16, all products do; z, p, dz and
+// all sums stay float32, and p and dz are rounded as they enter a product.
+//
 // Only a block's dz exists at any time. Rows are summed in chains of fixed length, so the size of a block, which
 // follows from the memory that the threads may use, does not change a bit.
 //
 // As in soft_embedding: max and sum are saved apart, g . e uses the wide e, products with a narrow codebook are summed
 // in double, the slope along the temperature is taken about the mean of z.
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // the intrinsics' own undefined vectors (GCC 105593)
+#endif
 
 #include "softdimo/linear_soft_embedding.h"
 
@@ -42,7 +49,7 @@ constexpr LinearSoftEmbeddingKernels kLinearKernels = {
 }  // namespace
 
 const LinearSoftEmbeddingTable& linear_soft_embedding_table() {
-  static constexpr LinearSoftEmbeddingTable table = {kLinearKernels<float>, kLinearKernels<double>};
+  static constexpr LinearSoftEmbeddingTable table = {kHasHalf<float>, kLinearKernels<float>, kLinearKernels<double>};
   return table;
 }
 

@@ -27,15 +27,15 @@ T* slice_field(const LinearBackward& b, int64_t slice, SliceField field, int64_t
 
 template <class T>
 T* dlogits_of(const LinearBackward& b, int64_t group, int64_t v) {
-  return static_cast<T*>(b.dlogits) + (group * b.call.vocabulary + v) * b.stride;
+  return static_cast<T*>(b.dlogits) + (group * b.dlogits_rows + v) * b.stride;
 }
 
 // ---------------------------------------------------------------------------------------------------
 // rows into factors
 
 // One group of one row: its gradient, and what forward saved. A masked group of it has mass and gradient zero.
-template <class T, class S>
-void load_group(const LinearBackward& b, int64_t m, int64_t group, T* entries) {
+template <class T>
+void load_state(const LinearBackward& b, int64_t m, int64_t group, T* entries) {
   const LinearSoftEmbedding& s = b.call;
   const int64_t width = s.codebook.columns, row = b.position[m] * s.groups + group;
   const RowState<T> state = row_state<T>(b, group);
@@ -49,11 +49,29 @@ void load_group(const LinearBackward& b, int64_t m, int64_t group, T* entries) {
   state.scale[m] = masked ? T(0) : T(1) / static_cast<const T*>(b.row_sum)[row];
   state.delta[m] = masked ? T(0) : static_cast<T>(dot(entries, static_cast<const T*>(b.soft) + row * width, width));
   state.temperature[m] = masked ? T(1) : row_temperature<T>(s, row);
+}
+
+template <class T, class S>
+void load_group(const LinearBackward& b, int64_t m, int64_t group, T* entries) {
+  const int64_t width = b.call.codebook.columns;
+  load_state(b, m, group, entries);
   T* columns = static_cast<T*>(b.grad_columns) + group * padded<T>(b.count) * width;
   pack_column(entries, width, m, panel_width<T>(b.count), columns);
   const int64_t panel = panel_width<S>(width);
   S* rows = static_cast<S*>(b.grad_rows) + group * padded<S>(width) * b.count;
   pack_row(entries, width, panel, b.count * panel, rows + m * panel);
+}
+
+// The state of rows that only fill a vector.
+template <class T>
+void pad_state(const LinearBackward& b) {
+  for (int64_t group = 0; group < b.call.groups; ++group) {
+    const RowState<T> state = row_state<T>(b, group);
+    for (int64_t m = b.count; m < padded<T>(b.count); ++m) {
+      state.top[m] = state.scale[m] = state.delta[m] = T(0);
+      state.temperature[m] = T(1);
+    }
+  }
 }
 
 template <class T, class S>
@@ -74,16 +92,50 @@ void load_rows_in(const LinearBackward& b, int64_t begin, int64_t end) {
   for (int64_t group = 0; group < s.groups; ++group) {
     T* grads = static_cast<T*>(b.grad_columns) + group * padded<T>(b.count) * width;
     pad_columns(width, b.count, panel_width<T>(b.count), grads);
-    const RowState<T> state = row_state<T>(b, group);
-    for (int64_t m = b.count; m < padded<T>(b.count); ++m) {
-      state.top[m] = state.scale[m] = state.delta[m] = T(0);
-      state.temperature[m] = T(1);
+  }
+  pad_state<T>(b);
+}
+
+// 32 rows [rows, depth] of bfloat16 from row m of the block into both right factors: a panel of `columns`, and one step
+// of their chain of `rows`.
+inline void pack_half(const LinearBackward& b, const Bfloat16* gathered, int64_t depth, int64_t m, Bfloat16* columns,
+                      Bfloat16* rows) {
+  const int64_t some = smaller(kPanel, b.count - m), steps = padded_depth(depth) / kDepthStep;
+  pack_right({gathered, DType::bfloat16, 0, 1, depth}, depth, some, 0, steps, columns + m / kPanel * right_panel(depth));
+  const int64_t within = m % b.chain, length = smaller(b.chain, b.count - (m - within)), step = within / kDepthStep;
+  pack_right({gathered, DType::bfloat16, -within * depth, depth, 1}, length, depth, step, step + 1,
+             rows + m / b.chain * right_size(b.chain, depth));
+}
+
+template <class T>
+void load_rows_half(const LinearBackward& b, int64_t begin, int64_t end) {
+  const LinearSoftEmbedding& s = b.call;
+  const int64_t depth = s.weight.columns, width = s.codebook.columns, chains = (b.count + b.chain - 1) / b.chain;
+  const Scratch<Bfloat16> gathered(kPanel * (depth > width ? depth : width));
+  const Scratch<T> entries(width);
+  Bfloat16 *columns = static_cast<Bfloat16*>(b.grad_columns), *rows = static_cast<Bfloat16*>(b.grad_rows);
+  for (int64_t first = begin * kPanel; first < end * kPanel; first += kPanel) {
+    const int64_t some = smaller(kPanel, b.count - first);
+    for (int64_t i = 0; i < some; ++i) copy_row(s.hidden, b.position[first + i], depth, gathered.get() + i * depth);
+    pack_half(b, gathered.get(), depth, first, static_cast<Bfloat16*>(b.hidden_columns),
+              static_cast<Bfloat16*>(b.hidden_rows));
+    for (int64_t group = 0; group < s.groups; ++group) {
+      for (int64_t i = 0; i < some; ++i) {
+        load_state(b, first + i, group, entries.get());
+        copy_row(b.grad, b.position[first + i] * s.groups + group, width, gathered.get() + i * width);
+      }
+      pack_half(b, gathered.get(), width, first, columns + group * right_size(width, b.count),
+                rows + group * chains * right_size(b.chain, width));
     }
   }
+  if (end * kPanel >= b.count) pad_state<T>(b);
 }
 
 template <class T>
 void load_rows(const LinearBackward& b, int64_t begin, int64_t end) {
+  if constexpr (kHasHalf<T>) {
+    if (b.call.half) return load_rows_half<T>(b, begin, end);
+  }
   sums_in_double(b.call) ? load_rows_in<T, double>(b, begin, end) : load_rows_in<T, T>(b, begin, end);
 }
 
@@ -91,17 +143,17 @@ void load_rows(const LinearBackward& b, int64_t begin, int64_t end) {
 // one slice of the vocabulary
 
 // One task's place, and its scratch.
-template <class T, class S>
+template <class T, class S, bool Half>
 struct Slice {
   int64_t group, index, first, count;  // entries [first, first + count)
-  T* table;                            // [kSlice, max(H, D) + kPad]
+  Element<T, Half>* table;             // [kSlice, max(H, D)]: a left factor
   T* p;                                // [kSlice, stride]: logits, then p
   T* distance;                         // [kSlice, stride]: z - max, for the temperature's gradient
-  S* p_copy;                           // p in S, where that is another type
+  Element<S, Half>* p_copy;            // p as a left factor, where that is another type
 };
 
-template <class T, class S>
-void read_logits(const LinearBackward& b, const Slice<T, S>& slice) {
+template <class T, class S, bool Half>
+void read_logits(const LinearBackward& b, const Slice<T, S, Half>& slice) {
   const LinearSoftEmbedding& s = b.call;
   for (int64_t m = 0; m < padded<T>(b.count); ++m) {
     const bool present = m < b.count;
@@ -112,9 +164,9 @@ void read_logits(const LinearBackward& b, const Slice<T, S>& slice) {
 }
 
 // p and dlogits of one vector of rows, from logits and dp (overwritten by dlogits).
-template <class T, class S>
-SOFTDIMO_ALWAYS_INLINE void rows_gradient(const LinearBackward& b, const Slice<T, S>& slice, const RowState<T>& state,
-                                          int64_t m) {
+template <class T, class S, bool Half>
+SOFTDIMO_ALWAYS_INLINE void rows_gradient(const LinearBackward& b, const Slice<T, S, Half>& slice,
+                                          const RowState<T>& state, int64_t m) {
   const Vec<T> top = load(state.top + m), scale = load(state.scale + m), delta = load(state.delta + m);
   const Vec<T> t = load(state.temperature + m);
   const bool unit = unit_temperature(b.call), slope = b.dtemperature != nullptr, wanted = b.wants_dlogits();
@@ -148,8 +200,8 @@ SOFTDIMO_ALWAYS_INLINE void rows_gradient(const LinearBackward& b, const Slice<T
 
 // The slope of one vector of rows about the slice's mean distance: about the maximum, terms several times as large
 // would cancel, and an error that all of (dp - delta) share would stay.
-template <class T, class S>
-SOFTDIMO_ALWAYS_INLINE void rows_slope(const LinearBackward& b, const Slice<T, S>& slice, int64_t m) {
+template <class T, class S, bool Half>
+SOFTDIMO_ALWAYS_INLINE void rows_slope(const LinearBackward& b, const Slice<T, S, Half>& slice, int64_t m) {
   const auto field = [&](SliceField which) { return slice_field<T>(b, slice.index, which, slice.group) + m; };
   const T* dlogits = dlogits_of<T>(b, slice.group, slice.first) + m;
   Vec<T> mass{}, moment{}, slope{}, residual{};
@@ -176,66 +228,96 @@ void for_chains(const LinearBackward& b, Body body) {
   for (int64_t m = 0; m < b.count; m += b.chain) body(m, smaller(b.chain, b.count - m), m > 0 || !b.first);
 }
 
-template <class T, class S>
-void codebook_gradient(const LinearBackward& b, const Slice<T, S>& slice) {
-  const LinearSoftEmbedding& s = b.call;
-  const int64_t wide = padded<S>(s.codebook.columns), width = panel_width<S>(s.codebook.columns);
-  const S* p;
-  if constexpr (sizeof(S) == sizeof(T)) {
-    p = slice.p;
-  } else {
-    for (int64_t i = 0; i < slice.count * b.stride; ++i) slice.p_copy[i] = static_cast<S>(slice.p[i]);
-    p = slice.p_copy;
-  }
-  const S* rows = static_cast<const S*>(b.grad_rows) + slice.group * wide * b.count;
-  S* sum = static_cast<S*>(b.dcodebook) + (slice.group * s.vocabulary + slice.first) * b.codebook_row;
+// sum[n, columns] += left[n, rows] right, in bfloat16; `rows` holds the right factors of the block's chains.
+template <class T>
+void half_chains(const LinearBackward& b, const Bfloat16* rows, int64_t group, int64_t columns, const T* left,
+                 int64_t n, Bfloat16* packed, T* sum, int64_t sum_row) {
+  const int64_t chain_size = right_size(b.chain, columns), chains = (b.count + b.chain - 1) / b.chain;
+  rows += group * chains * chain_size;
   for_chains(b, [&](int64_t m, int64_t count, bool add) {
-    gemm<S>(slice.count, wide, count, {p + m, b.stride, 1}, rows + m * width, b.count * width, width, sum,
-            b.codebook_row, add);
+    pack_left({left, DType::float32, m, b.stride, 1}, n, count, packed, left_row(b.chain));
+    gemm_bf16(n, padded_columns(columns), count, packed, left_row(b.chain), rows + m / b.chain * chain_size,
+              right_panel(count), sum, sum_row, add);
   });
 }
 
-template <class T, class S>
-void slice_task(const LinearBackward& b, const Slice<T, S>& slice) {
+// dE[slice, D] += p[slice, rows] G.
+template <class T, class S, bool Half>
+void codebook_gradient(const LinearBackward& b, const Slice<T, S, Half>& slice) {
+  const LinearSoftEmbedding& s = b.call;
+  const int64_t columns = s.codebook.columns, wide = padded<S>(columns), width = panel_width<S>(columns);
+  S* sum = static_cast<S*>(b.dcodebook) + (slice.group * s.vocabulary + slice.first) * b.codebook_row;
+  if constexpr (Half) {
+    half_chains(b, static_cast<const Bfloat16*>(b.grad_rows), slice.group, columns, slice.p, slice.count, slice.p_copy,
+                sum, b.codebook_row);
+  } else {
+    const S* p = in_sums(slice.p, slice.count * b.stride, slice.p_copy);
+    const S* rows = static_cast<const S*>(b.grad_rows) + slice.group * wide * b.count;
+    for_chains(b, [&](int64_t m, int64_t count, bool add) {
+      gemm<S>(slice.count, wide, count, {p + m, b.stride, 1}, rows + m * width, b.count * width, width, sum,
+              b.codebook_row, add);
+    });
+  }
+}
+
+// dp[slice, rows] = E[slice] G^T, into the place of dlogits.
+template <class T, class S, bool Half>
+void codebook_product(const LinearBackward& b, const Slice<T, S, Half>& slice) {
   const LinearSoftEmbedding& s = b.call;
   const int64_t wide = padded<T>(b.count), width = panel_width<T>(b.count), depth = s.codebook.columns;
+  T* dp = dlogits_of<T>(b, slice.group, slice.first);
+  if constexpr (Half) {
+    const Bfloat16* grads = static_cast<const Bfloat16*>(b.grad_columns) + slice.group * right_size(depth, b.count);
+    pack_entries(s.codebook, slice.group, slice.first, slice.count, slice.table);
+    gemm_bf16(slice.count, padded_columns(b.count), depth, slice.table, left_row(depth), grads, right_panel(depth), dp,
+              b.stride, false);
+  } else {
+    const T* grads = static_cast<const T*>(b.grad_columns) + slice.group * wide * depth;
+    copy_entries(s.codebook, slice.group, slice.first, slice.count, slice.table, depth + kPad);
+    gemm<T>(slice.count, wide, depth, {slice.table, depth + kPad, 1}, grads, depth * width, width, dp, b.stride, false);
+  }
+}
+
+template <class T, class S, bool Half>
+void slice_task(const LinearBackward& b, const Slice<T, S, Half>& slice) {
   if (b.logits != nullptr) {
     read_logits(b, slice);
   } else {
-    compute_logits(s, slice.group, slice.first, slice.count, b.count, [&](int64_t m) { return b.position[m]; },
-                   static_cast<const T*>(b.hidden_columns), slice.table, slice.p, b.stride);
+    compute_logits<Half>(b.call, slice.group, slice.first, slice.count, b.count,
+                         [&](int64_t m) { return b.position[m]; },
+                         static_cast<const Element<T, Half>*>(b.hidden_columns), slice.table, slice.p, b.stride);
   }
-  if (b.wants_dlogits()) {
-    const T* grads = static_cast<const T*>(b.grad_columns) + slice.group * wide * depth;
-    copy_entries(s.codebook, slice.group, slice.first, slice.count, slice.table, depth + kPad);
-    gemm<T>(slice.count, wide, depth, {slice.table, depth + kPad, 1}, grads, depth * width, width,
-            dlogits_of<T>(b, slice.group, slice.first), b.stride, false);
-  }
+  if (b.wants_dlogits()) codebook_product(b, slice);
   const RowState<T> state = row_state<T>(b, slice.group);
-  for (int64_t m = 0; m < wide; m += kLanes<T>) {
+  for (int64_t m = 0; m < padded<T>(b.count); m += kLanes<T>) {
     rows_gradient(b, slice, state, m);
     if (b.dtemperature != nullptr) rows_slope(b, slice, m);
   }
   if (b.dcodebook != nullptr) codebook_gradient(b, slice);
 }
 
-template <class T, class S>
+template <class T, class S, bool Half>
 void slices_in(const LinearBackward& b, int64_t begin, int64_t end) {
   const LinearSoftEmbedding& s = b.call;
-  const int64_t slices = slice_count(s.vocabulary), step = slice_size(s.vocabulary), tile = kSlice * b.stride;
+  const int64_t tile = kSlice * b.stride;
   const int64_t depth = s.weight.columns > s.codebook.columns ? s.weight.columns : s.codebook.columns;
-  const Scratch<T> table(kSlice * (depth + kPad)), p(tile), distance(b.dtemperature != nullptr ? tile : 0);
-  const Scratch<S> p_copy(sizeof(S) == sizeof(T) ? 0 : tile);
+  const Scratch<Element<T, Half>> table(kSlice * (Half ? left_row(depth) : depth + kPad));
+  const Scratch<T> p(tile), distance(b.dtemperature != nullptr ? tile : 0);
+  const Scratch<Element<S, Half>> p_copy(Half ? kSlice * left_row(b.chain) : copy_size<S, T>(tile));
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t index = task % slices, first = smaller(index * step, s.vocabulary);
-    const int64_t count = smaller(step, s.vocabulary - first);
-    slice_task<T, S>(b, {task / slices, index, first, count, table.get(), p.get(), distance.get(), p_copy.get()});
+    const int64_t index = task % s.slices(), first = index * s.slice, count = smaller(s.slice, s.vocabulary - first);
+    slice_task<T, S, Half>(
+        b, {task / s.slices(), index, first, count, table.get(), p.get(), distance.get(), p_copy.get()});
   }
 }
 
 template <class T>
 void slices(const LinearBackward& b, int64_t begin, int64_t end) {
-  sums_in_double(b.call) ? slices_in<T, double>(b, begin, end) : slices_in<T, T>(b, begin, end);
+  if constexpr (kHasHalf<T>) {
+    const ProductScope scope;
+    if (b.call.half) return slices_in<T, T, true>(b, begin, end);
+  }
+  sums_in_double(b.call) ? slices_in<T, double, false>(b, begin, end) : slices_in<T, T, false>(b, begin, end);
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -244,7 +326,7 @@ void slices(const LinearBackward& b, int64_t begin, int64_t end) {
 // The row's slope, sum of dlogits (z - mean z), from slices that took it about their own means.
 template <class T>
 double merged_slope(const LinearBackward& b, int64_t group, int64_t m) {
-  const int64_t slices = slice_count(b.call.vocabulary);
+  const int64_t slices = b.call.slices();
   const auto field = [&](int64_t i, SliceField which) {
     return static_cast<double>(slice_field<T>(b, i, which, group)[m]);
   };
@@ -264,7 +346,7 @@ double merged_slope(const LinearBackward& b, int64_t group, int64_t m) {
 template <class T>
 void finish_rows(const LinearBackward& b, int64_t begin, int64_t end) {
   const LinearSoftEmbedding& s = b.call;
-  const int64_t slices = slice_count(s.vocabulary);
+  const int64_t slices = s.slices();
   for (int64_t task = begin; task < end; ++task) {
     const int64_t group = task / b.count, m = task % b.count, row = b.position[m] * s.groups + group;
     if (is_masked(s, row)) continue;

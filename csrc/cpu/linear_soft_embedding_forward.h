@@ -7,34 +7,19 @@ namespace softdimo::cpu::SOFTDIMO_ISA {
 namespace {
 
 // The scratch of one forward task.
-template <class T, class S>
+template <class T, class S, bool Half>
 struct ForwardScratch {
   int64_t* rows;  // [block rows]: positions that are not masked
-  T* columns;     // hidden^T: [panels of rows, H, panel width]
-  T* table;       // [kSlice, H + kPad]
+  Element<T, Half>* columns;  // the right factor hidden^T
+  Element<T, Half>* table;    // [kSlice, H]: a left factor
+  Bfloat16* gathered;         // [kPanel, H]: rows of hidden on their way into columns
   T* entries;     // one row of hidden or the codebook
   T* z;           // [kSlice, padded rows + kPad]: logits, then p
-  S* p;           // z in S, where that is another type
-  S* codebook;    // [panels of D, kSlice, panel width]
+  Element<S, Half>* p;         // z as a left factor, where that is another type
+  Element<S, Half>* codebook;  // [kSlice, D]: a right factor
   S* c;           // [block rows, padded D + kPad]: sum of exp((z - top) / T) E
   T* state;       // [4, padded rows]: top, sum, temperature, factor
 };
-
-// Elements of S for a copy of `count` elements of T: none where it is the same type.
-template <class S, class T>
-constexpr int64_t copy_size(int64_t count) {
-  return sizeof(S) == sizeof(T) ? 0 : count;
-}
-
-template <class S, class T>
-const S* in_sums(const T* z, int64_t count, S* copy) {
-  if constexpr (sizeof(S) == sizeof(T)) {
-    return z;
-  } else {
-    for (int64_t i = 0; i < count; ++i) copy[i] = static_cast<S>(z[i]);
-    return copy;
-  }
-}
 
 // Turns one vector of rows of a tile of logits into exp((z - top) / t) and merges it into the running top and sum.
 // `factor` is what earlier terms shrink by.
@@ -79,20 +64,35 @@ void keep_logits(const LinearForward& f, int64_t group, const int64_t* rows, int
   }
 }
 
+template <class T, class S, bool Half>
+void load_columns(const LinearSoftEmbedding& s, int64_t count, const ForwardScratch<T, S, Half>& scratch) {
+  const int64_t depth = s.weight.columns;
+  if constexpr (Half) {
+    for (int64_t m = 0; m < count; m += kPanel) {
+      const int64_t some = smaller(kPanel, count - m);
+      for (int64_t i = 0; i < some; ++i) copy_row(s.hidden, scratch.rows[m + i], depth, scratch.gathered + i * depth);
+      pack_right({scratch.gathered, DType::bfloat16, 0, 1, depth}, depth, some, 0, padded_depth(depth) / kDepthStep,
+                 scratch.columns + m / kPanel * right_panel(depth));
+    }
+  } else {
+    const int64_t width = panel_width<T>(count);
+    for (int64_t m = 0; m < count; ++m) {
+      read_row(s.hidden, scratch.rows[m], 0, depth, scratch.entries);
+      pack_column(scratch.entries, depth, m, width, scratch.columns);
+    }
+    pad_columns(depth, count, width, scratch.columns);
+  }
+}
+
 // Reads the block's rows: hidden^T, and the state before the first slice.
-template <class T, class S>
+template <class T, class S, bool Half>
 int64_t load_block(const LinearSoftEmbedding& s, int64_t group, int64_t begin, int64_t end,
-                   const ForwardScratch<T, S>& scratch, int64_t stride) {
+                   const ForwardScratch<T, S, Half>& scratch, int64_t stride) {
   int64_t count = 0;
   for (int64_t n = begin; n < end; ++n) {
     if (!is_masked(s, n * s.groups + group)) scratch.rows[count++] = n;
   }
-  const int64_t width = panel_width<T>(count), depth = s.weight.columns;
-  for (int64_t m = 0; m < count; ++m) {
-    read_row(s.hidden, scratch.rows[m], 0, depth, scratch.entries);
-    pack_column(scratch.entries, depth, m, width, scratch.columns);
-  }
-  pad_columns(depth, count, width, scratch.columns);
+  load_columns(s, count, scratch);
   for (int64_t m = 0; m < padded<T>(count); ++m) {
     scratch.state[m] = -HUGE_VAL;
     scratch.state[stride + m] = T(0);
@@ -101,8 +101,8 @@ int64_t load_block(const LinearSoftEmbedding& s, int64_t group, int64_t begin, i
   return count;
 }
 
-template <class T, class S>
-void write_rows(const LinearForward& f, int64_t group, int64_t count, const ForwardScratch<T, S>& scratch,
+template <class T, class S, bool Half>
+void write_rows(const LinearForward& f, int64_t group, int64_t count, const ForwardScratch<T, S, Half>& scratch,
                 int64_t stride, int64_t c_row) {
   const LinearSoftEmbedding& s = f.call;
   const int64_t width = s.codebook.columns;
@@ -136,17 +136,39 @@ void write_mask_row(const LinearForward& f, int64_t row) {
   }
 }
 
-template <class T, class S>
+// C[rows, D] (+)= p^T E[slice].
+template <class T, class S, bool Half>
+void add_entries(const LinearSoftEmbedding& s, int64_t group, int64_t first, int64_t n, int64_t count, int64_t z_row,
+                 const ForwardScratch<T, S, Half>& scratch, int64_t c_row) {
+  const int64_t columns = s.codebook.columns;
+  if constexpr (Half) {
+    pack_left({scratch.z, DType::float32, 0, 1, z_row}, count, n, scratch.p, left_row(kSlice));
+    pack_entries_right(s.codebook, group, first, n, 0, columns, scratch.codebook);
+    gemm_bf16(count, padded_columns(columns), n, scratch.p, left_row(kSlice), scratch.codebook, right_panel(n),
+              scratch.c, c_row, first > 0);
+  } else {
+    const int64_t width = panel_width<S>(columns);
+    for (int64_t i = 0; i < n; ++i) {
+      read_entry(s.codebook, group, first + i, 0, columns, scratch.entries);
+      pack_row(scratch.entries, columns, width, n * width, scratch.codebook + i * width);
+    }
+    const S* p = in_sums(scratch.z, n * z_row, scratch.p);
+    gemm<S>(count, padded<S>(columns), n, {p, 1, z_row}, scratch.codebook, n * width, width, scratch.c, c_row,
+            first > 0);
+  }
+}
+
+template <class T, class S, bool Half>
 void forward_block(const LinearForward& f, int64_t group, int64_t begin, int64_t end,
-                   const ForwardScratch<T, S>& scratch) {
+                   const ForwardScratch<T, S, Half>& scratch) {
   const LinearSoftEmbedding& s = f.call;
-  const int64_t stride = padded<T>(f.block_rows), z_row = stride + kPad, step = slice_size(s.vocabulary);
-  const int64_t wide = padded<S>(s.codebook.columns), c_row = wide + kPad, width = panel_width<S>(s.codebook.columns);
+  const int64_t stride = padded<T>(f.block_rows), z_row = stride + kPad;
+  const int64_t wide = padded<S>(s.codebook.columns), c_row = wide + kPad;
   const int64_t count = load_block(s, group, begin, end, scratch, stride);
   T *top = scratch.state, *sum = top + stride, *temperature = sum + stride, *factor = temperature + stride;
-  for (int64_t v = 0; v < s.vocabulary && count > 0; v += step) {
-    const int64_t n = smaller(step, s.vocabulary - v);
-    compute_logits(s, group, v, n, count, [&](int64_t m) { return scratch.rows[m]; }, scratch.columns, scratch.table,
+  for (int64_t v = 0; v < s.vocabulary && count > 0; v += s.slice) {
+    const int64_t n = smaller(s.slice, s.vocabulary - v);
+    compute_logits<Half>(s, group, v, n, count, [&](int64_t m) { return scratch.rows[m]; }, scratch.columns, scratch.table,
                    scratch.z, z_row);
     keep_logits(f, group, scratch.rows, count, v, n, scratch.z, z_row);
     for (int64_t m = 0; m < padded<T>(count); m += kLanes<T>) {
@@ -155,12 +177,7 @@ void forward_block(const LinearForward& f, int64_t group, int64_t begin, int64_t
     for (int64_t m = 0; m < count && v > 0; ++m) {
       if (factor[m] != T(1)) scale_row(scratch.c + m * c_row, wide, static_cast<S>(factor[m]));
     }
-    for (int64_t i = 0; i < n; ++i) {
-      read_entry(s.codebook, group, v + i, 0, s.codebook.columns, scratch.entries);
-      pack_row(scratch.entries, s.codebook.columns, width, n * width, scratch.codebook + i * width);
-    }
-    const S* p = in_sums(scratch.z, n * z_row, scratch.p);
-    gemm<S>(count, wide, n, {p, 1, z_row}, scratch.codebook, n * width, width, scratch.c, c_row, v > 0);
+    add_entries(s, group, v, n, count, z_row, scratch, c_row);
   }
   write_rows(f, group, count, scratch, stride, c_row);
   for (int64_t n = begin; n < end && count < end - begin; ++n) {
@@ -168,27 +185,34 @@ void forward_block(const LinearForward& f, int64_t group, int64_t begin, int64_t
   }
 }
 
-template <class T, class S>
+template <class T, class S, bool Half>
 void forward_tasks(const LinearForward& f, int64_t begin, int64_t end) {
   const LinearSoftEmbedding& s = f.call;
   const int64_t blocks = (s.positions + f.block_rows - 1) / f.block_rows, depth = s.weight.columns;
   const int64_t width = s.codebook.columns, stride = padded<T>(f.block_rows), z_size = kSlice * (stride + kPad);
   const Scratch<int64_t> rows(f.block_rows);
-  const Scratch<T> columns(stride * depth), table(kSlice * (depth + kPad)), z(z_size), state(4 * stride);
-  const Scratch<T> entries(depth > width ? depth : width);
-  const Scratch<S> p(copy_size<S, T>(z_size)), codebook(kSlice * padded<S>(width));
+  const Scratch<Element<T, Half>> columns(Half ? right_size(depth, f.block_rows) : stride * depth);
+  const Scratch<Element<T, Half>> table(kSlice * (Half ? left_row(depth) : depth + kPad));
+  const Scratch<T> z(z_size), state(4 * stride), entries(depth > width ? depth : width);
+  const Scratch<Bfloat16> gathered(Half ? kPanel * depth : 0);
+  const Scratch<Element<S, Half>> p(Half ? f.block_rows * left_row(kSlice) : copy_size<S, T>(z_size));
+  const Scratch<Element<S, Half>> codebook(Half ? right_size(kSlice, width) : kSlice * padded<S>(width));
   const Scratch<S> c(f.block_rows * (padded<S>(width) + kPad));
   for (int64_t task = begin; task < end; ++task) {
     const int64_t first = task % blocks * f.block_rows;
-    forward_block<T, S>(f, task / blocks, first, smaller(first + f.block_rows, s.positions),
-                        {rows.get(), columns.get(), table.get(), entries.get(), z.get(), p.get(), codebook.get(),
-                         c.get(), state.get()});
+    forward_block<T, S, Half>(f, task / blocks, first, smaller(first + f.block_rows, s.positions),
+                              {rows.get(), columns.get(), table.get(), gathered.get(), entries.get(), z.get(), p.get(),
+                               codebook.get(), c.get(), state.get()});
   }
 }
 
 template <class T>
 void forward(const LinearForward& f, int64_t begin, int64_t end) {
-  sums_in_double(f.call) ? forward_tasks<T, double>(f, begin, end) : forward_tasks<T, T>(f, begin, end);
+  if constexpr (kHasHalf<T>) {
+    const ProductScope scope;
+    if (f.call.half) return forward_tasks<T, T, true>(f, begin, end);
+  }
+  sums_in_double(f.call) ? forward_tasks<T, double, false>(f, begin, end) : forward_tasks<T, T, false>(f, begin, end);
 }
 
 }  // namespace

@@ -6,13 +6,32 @@
 
 #include <cmath>
 
-#include "gemm.h"
+#include "gemm_bf16.h"
 #include "scratch.h"
 #include "simd.h"
 #include "softdimo/linear_soft_embedding.h"
 
 namespace softdimo::cpu::SOFTDIMO_ISA {
 namespace {
+
+// What factors of products are made of.
+template <class T, bool Half>
+struct Factor {
+  using Type = T;
+};
+template <class T>
+struct Factor<T, true> {
+  using Type = Bfloat16;
+};
+template <class T, bool Half>
+using Element = typename Factor<T, Half>::Type;
+
+// Whether the kernels of compute type T multiply in bfloat16 where the call asks for it.
+template <class T>
+constexpr bool kHasHalf = kHasBfloat16Product && sizeof(T) == 4;
+
+// Between the rows of a left factor of bfloat16.
+SOFTDIMO_ALWAYS_INLINE int64_t left_row(int64_t depth) { return padded_depth(depth) + kLeftPad; }
 
 // n elements, `step` apart.
 template <class T>
@@ -110,14 +129,63 @@ void add_bias(const LinearSoftEmbedding& s, int64_t group, int64_t first, int64_
   }
 }
 
+// Elements of S for a copy of `count` elements of T: none where it is the same type.
+template <class S, class T>
+constexpr int64_t copy_size(int64_t count) {
+  return sizeof(S) == sizeof(T) ? 0 : count;
+}
+
+template <class S, class T>
+const S* in_sums(const T* z, int64_t count, S* copy) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    return z;
+  } else {
+    for (int64_t i = 0; i < count; ++i) copy[i] = static_cast<S>(z[i]);
+    return copy;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------
+// bfloat16 products
+
+// Entries [first, first + n) of a group as a left factor.
+inline void pack_entries(const TokenTable& table, int64_t group, int64_t first, int64_t n, Bfloat16* out) {
+  const int64_t at = group * table.stride[0] + first * table.stride[1];
+  pack_left({table.data, table.type, at, table.stride[1], table.stride[2]}, n, table.columns, out,
+            left_row(table.columns));
+}
+
+// Columns [column, column + columns) of such entries as a right factor.
+inline void pack_entries_right(const TokenTable& table, int64_t group, int64_t first, int64_t n, int64_t column,
+                               int64_t columns, Bfloat16* out) {
+  const int64_t at = group * table.stride[0] + first * table.stride[1] + column * table.stride[2];
+  pack_right({table.data, table.type, at, table.stride[1], table.stride[2]}, n, columns, 0,
+             padded_depth(n) / kDepthStep, out);
+}
+
+// A row of bfloat16 as it is.
+inline void copy_row(const RowMatrix& matrix, int64_t row, int64_t n, Bfloat16* out) {
+  const Bfloat16* in = static_cast<const Bfloat16*>(matrix.data) + matrix.rows.offset(row);
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i * matrix.step];
+}
+
+// ---------------------------------------------------------------------------------------------------
+// logits
+
 // Logits [n, padded(count)] of entries [first, first + n). `columns` is the factor hidden^T of the rows, `table`
 // scratch for kSlice entries of the weight.
-template <class T, class Position>
+template <bool Half, class T, class Position>
 void compute_logits(const LinearSoftEmbedding& s, int64_t group, int64_t first, int64_t n, int64_t count,
-                    Position position, const T* columns, T* table, T* z, int64_t z_row) {
+                    Position position, const Element<T, Half>* columns, Element<T, Half>* table, T* z,
+                    int64_t z_row) {
   const int64_t depth = s.weight.columns, row = depth + kPad, width = panel_width<T>(count);
-  copy_entries(s.weight, group, first, n, table, row);
-  gemm<T>(n, padded<T>(count), depth, {table, row, 1}, columns, depth * width, width, z, z_row, false);
+  if constexpr (Half) {
+    pack_entries(s.weight, group, first, n, table);
+    gemm_bf16(n, padded_columns(count), depth, table, left_row(depth), columns, right_panel(depth), z, z_row, false);
+  } else {
+    copy_entries(s.weight, group, first, n, table, row);
+    gemm<T>(n, padded<T>(count), depth, {table, row, 1}, columns, depth * width, width, z, z_row, false);
+  }
   add_bias(s, group, first, n, count, position, z, z_row);
 }
 

@@ -22,52 +22,109 @@ const T* group_hidden(const LinearBackward& b, int64_t group, T* copy) {
 
 // dW[slice, H] += dlogits[slice, rows] hidden.
 template <class T>
-void weight_gradient(const LinearBackward& b, int64_t begin, int64_t end) {
+void weight_gradient_in_full(const LinearBackward& b, int64_t begin, int64_t end) {
   const LinearSoftEmbedding& s = b.call;
-  const int64_t slices = slice_count(s.vocabulary), step = slice_size(s.vocabulary);
   const int64_t wide = padded<T>(s.weight.columns), width = panel_width<T>(s.weight.columns);
   const Scratch<T> copy(s.mask != nullptr && s.groups > 1 ? wide * b.count : 0);
   int64_t loaded = -1;
   const T* hidden = nullptr;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t group = task / slices, first = smaller(task % slices * step, s.vocabulary);
+    const int64_t group = task / s.slices(), first = task % s.slices() * s.slice;
     if (group != loaded) hidden = group_hidden(b, group, copy.get());
     loaded = group;
     T* sum = static_cast<T*>(b.dweight) + (group * s.vocabulary + first) * b.weight_row;
     for_chains(b, [&](int64_t m, int64_t count, bool add) {
-      gemm<T>(smaller(step, s.vocabulary - first), wide, count, {dlogits_of<T>(b, group, first) + m, b.stride, 1},
+      gemm<T>(smaller(s.slice, s.vocabulary - first), wide, count, {dlogits_of<T>(b, group, first) + m, b.stride, 1},
               hidden + m * width, b.count * width, width, sum, b.weight_row, add);
     });
   }
 }
 
-// Columns [first, first + columns) of dh[rows, H] = dlogits^T W.
+// The same in bfloat16; and the slice's dlogits become the left factor of hidden's gradient, [rows, slice].
 template <class T>
-void hidden_columns_gradient(const LinearBackward& b, int64_t first, int64_t columns, T* entries, T* table, T* sum) {
+void weight_gradient_in_half(const LinearBackward& b, int64_t begin, int64_t end) {
   const LinearSoftEmbedding& s = b.call;
-  const int64_t wide = padded<T>(columns), width = panel_width<T>(columns), sum_row = wide + kPad;
-  const int64_t total = s.groups * s.vocabulary;
-  for (int64_t i = 0; i < total; i += kSlice) {
-    const int64_t n = smaller(kSlice, total - i);
+  const Scratch<Bfloat16> packed(kSlice * left_row(b.chain)), turned(b.count * s.slice);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t group = task / s.slices(), first = task % s.slices() * s.slice;
+    const int64_t n = smaller(s.slice, s.vocabulary - first);
+    T* dlogits = dlogits_of<T>(b, group, first);
+    if (b.dweight != nullptr) {
+      T* sum = static_cast<T*>(b.dweight) + (group * s.vocabulary + first) * b.weight_row;
+      half_chains(b, static_cast<const Bfloat16*>(b.hidden_rows), 0, s.weight.columns, dlogits, n, packed.get(), sum,
+                  b.weight_row);
+    }
+    if (b.dhidden == nullptr) continue;
+    pack_left({dlogits, DType::float32, 0, 1, b.stride}, b.count, n, turned.get(), s.slice);
+    std::memcpy(dlogits, turned.get(), static_cast<size_t>(b.count * s.slice) * sizeof(Bfloat16));
+  }
+}
+
+template <class T>
+void weight_gradient(const LinearBackward& b, int64_t begin, int64_t end) {
+  if constexpr (kHasHalf<T>) {
+    const ProductScope scope;
+    if (b.call.half) return weight_gradient_in_half<T>(b, begin, end);
+  }
+  if (b.dweight != nullptr) weight_gradient_in_full<T>(b, begin, end);
+}
+
+// Columns [first, first + columns) of dh[rows, H] = dlogits^T W, into `sum`.
+template <class T>
+void hidden_product_half(const LinearBackward& b, int64_t first, int64_t columns, Bfloat16* table, T* sum,
+                         int64_t sum_row) {
+  const LinearSoftEmbedding& s = b.call;
+  for (int64_t i = 0; i < s.groups * s.slices(); ++i) {
+    const int64_t group = i / s.slices(), v = i % s.slices() * s.slice, n = smaller(s.slice, s.vocabulary - v);
+    pack_entries_right(s.weight, group, v, n, first, columns, table);
+    gemm_bf16(b.count, padded_columns(columns), n, reinterpret_cast<const Bfloat16*>(dlogits_of<T>(b, group, v)),
+              s.slice, table, right_panel(n), sum, sum_row, i > 0);
+  }
+}
+
+template <class T>
+void hidden_product(const LinearBackward& b, int64_t first, int64_t columns, T* entries, T* table, T* sum,
+                    int64_t sum_row) {
+  const LinearSoftEmbedding& s = b.call;
+  const int64_t wide = padded<T>(columns), width = panel_width<T>(columns);
+  for (int64_t i = 0; i < s.groups * s.slices(); ++i) {
+    const int64_t group = i / s.slices(), first_entry = i % s.slices() * s.slice;
+    const int64_t n = smaller(s.slice, s.vocabulary - first_entry);
     for (int64_t v = 0; v < n; ++v) {
-      read_entry(s.weight, (i + v) / s.vocabulary, (i + v) % s.vocabulary, first, columns, entries);
+      read_entry(s.weight, group, first_entry + v, first, columns, entries);
       pack_row(entries, columns, width, n * width, table + v * width);
     }
-    gemm<T>(b.count, wide, n, {static_cast<const T*>(b.dlogits) + i * b.stride, 1, b.stride}, table, n * width, width,
-            sum, sum_row, i > 0);
+    gemm<T>(b.count, wide, n, {dlogits_of<T>(b, group, first_entry), 1, b.stride}, table, n * width, width, sum,
+            sum_row, i > 0);
   }
-  for (int64_t m = 0; m < b.count; ++m) {
-    narrow(sum + m * sum_row, columns, b.dhidden, s.hidden.type, b.position[m] * s.weight.columns + first);
+}
+
+template <class T, bool Half>
+void hidden_gradient_in(const LinearBackward& b, int64_t begin, int64_t end) {
+  const LinearSoftEmbedding& s = b.call;
+  const int64_t last = smaller(end * kRowUnit, s.weight.columns), sum_row = kColumnBlock + kPad;
+  const Scratch<T> entries(kColumnBlock), sum(b.count * sum_row);
+  const Scratch<Element<T, Half>> table(kSlice * kColumnBlock);
+  for (int64_t first = begin * kRowUnit; first < last; first += kColumnBlock) {
+    const int64_t columns = smaller(kColumnBlock, last - first);
+    if constexpr (Half) {
+      hidden_product_half(b, first, columns, table.get(), sum.get(), sum_row);
+    } else {
+      hidden_product(b, first, columns, entries.get(), table.get(), sum.get(), sum_row);
+    }
+    for (int64_t m = 0; m < b.count; ++m) {
+      narrow(sum.get() + m * sum_row, columns, b.dhidden, s.hidden.type, b.position[m] * s.weight.columns + first);
+    }
   }
 }
 
 template <class T>
 void hidden_gradient(const LinearBackward& b, int64_t begin, int64_t end) {
-  const int64_t last = smaller(end * kRowUnit, b.call.weight.columns);
-  const Scratch<T> entries(kColumnBlock), table(kSlice * kColumnBlock), sum(b.count * (kColumnBlock + kPad));
-  for (int64_t first = begin * kRowUnit; first < last; first += kColumnBlock) {
-    hidden_columns_gradient(b, first, smaller(kColumnBlock, last - first), entries.get(), table.get(), sum.get());
+  if constexpr (kHasHalf<T>) {
+    const ProductScope scope;
+    if (b.call.half) return hidden_gradient_in<T, true>(b, begin, end);
   }
+  hidden_gradient_in<T, false>(b, begin, end);
 }
 
 // ---------------------------------------------------------------------------------------------------

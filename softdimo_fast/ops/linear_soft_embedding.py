@@ -34,6 +34,7 @@ class _Call(NamedTuple):
     row_temperature: Tensor | None
     mask: Tensor | None
     mask_embedding: Tensor | None
+    high_precision: bool
     keep: int
     choice: _backends.Choice
 
@@ -87,8 +88,10 @@ def linear_soft_embedding(
             wider, from forward to backward, which saves backward one product. ``"auto"`` keeps
             them when they take at most 256 MiB. Where no input requires a gradient nothing is kept.
             The choice does not change a bit of the results.
-        precision: ``"default"`` or ``"high"``, as in :func:`soft_embedding`; the reference backend
-            always multiplies in float32 or wider.
+        precision: ``"default"`` or ``"high"``. By default the C++ backend multiplies in bfloat16,
+            with float32 sums, where hidden, weight and codebook are bfloat16 and the processor has
+            such products; ``"high"`` asks for float32. The reference always multiplies in float32
+            or wider.
         backend: None chooses; ``"reference" | "cpp" | "cuda" | "triton"`` insist.
 
     Returns:
@@ -110,7 +113,7 @@ def linear_soft_embedding(
     if call.choice.backend == "cpp":
         output, *_ = torch.ops.softdimo.linear_soft_embedding(*call[:-1])
         return output  # type: ignore[no-any-return]
-    output, _ = torch.ops.softdimo_reference.linear_soft_embedding(*call[:-2], call.keep == LOGITS)
+    output, _ = torch.ops.softdimo_reference.linear_soft_embedding(*call[:-3], call.keep == LOGITS)
     return output  # type: ignore[no-any-return]
 
 
@@ -149,7 +152,7 @@ def _prepare(
     check.require_choice(NAME, "precision", precision, ("default", "high"))
     call = _Call(
         _autocast(hidden), _autocast(weight), _autocast(codebook), check.autocast(bias), scalar,
-        row_temperature, mask, check.autocast(mask_embedding), NOTHING,
+        row_temperature, mask, check.autocast(mask_embedding), precision == "high", NOTHING,
         _backends.choose(NAME, backend, _backends.obstacles(hidden, "cpp")),
     )  # fmt: skip
     return call._replace(keep=_what_to_keep(call, memory))
@@ -219,7 +222,8 @@ def _fake_reference(
 @torch.library.register_fake("softdimo::linear_soft_embedding")
 def _fake(
     hidden: Tensor, weight: Tensor, codebook: Tensor, bias: Tensor | None, temperature: float,
-    row_temperature: Tensor | None, mask: Tensor | None, mask_embedding: Tensor | None, keep: int,
+    row_temperature: Tensor | None, mask: Tensor | None, mask_embedding: Tensor | None,
+    high_precision: bool, keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     output, logits = _fake_reference(
         hidden, weight, codebook, bias, temperature, row_temperature, mask, mask_embedding,
@@ -260,8 +264,8 @@ def _fake_reference_backward(
 def _fake_backward(
     grad: Tensor, hidden: Tensor, weight: Tensor, codebook: Tensor, bias: Tensor | None,
     temperature: float, row_temperature: Tensor | None, mask: Tensor | None,
-    mask_embedding: Tensor | None, logits: Tensor | None, row_max: Tensor, row_sum: Tensor,
-    soft: Tensor, wanted: list[bool],
+    mask_embedding: Tensor | None, high_precision: bool, logits: Tensor | None, row_max: Tensor,
+    row_sum: Tensor, soft: Tensor, wanted: list[bool],
 ) -> reference.Gradients:  # fmt: skip
     return _fake_gradients(hidden, weight, codebook, bias, row_temperature, mask_embedding, wanted)
 
@@ -288,10 +292,11 @@ def _gradients_through(backward: Any) -> Callable[..., tuple[Tensor | None, ...]
         ctx: Any, grad: Tensor | None, *_kept: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 9
+            return (None,) * len(ctx.needs_input_grad)
         inputs = _registration.restore_inputs(ctx)
         wanted = [bool(ctx.needs_input_grad[position]) for position in _DIFFERENTIABLE]
-        return _registration.place(backward(grad, *inputs, wanted), _DIFFERENTIABLE, wanted, 9)
+        results = backward(grad, *inputs, wanted)
+        return _registration.place(results, _DIFFERENTIABLE, wanted, len(ctx.needs_input_grad))
 
     return gradients
 

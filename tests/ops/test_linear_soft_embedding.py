@@ -273,9 +273,9 @@ def test_bad_temperature_rows(backend: str) -> None:
     with pytest.raises(ValueError, match="linear_soft_embedding: temperature must be positive"):
         linear_soft_embedding(*case.values, temperature=temperature)
     if backend == "cpp":
-        operator, keep = torch.ops.softdimo.linear_soft_embedding, NOTHING
+        operator, keep = torch.ops.softdimo.linear_soft_embedding, (False, NOTHING)
     else:
-        operator, keep = torch.ops.softdimo_reference.linear_soft_embedding, False
-    value, *_ = operator(*case.values, None, 1.0, temperature, None, None, keep)
+        operator, keep = torch.ops.softdimo_reference.linear_soft_embedding, (False,)
+    value, *_ = operator(*case.values, None, 1.0, temperature, None, None, *keep)
     assert bool(value[1:].isnan().all())
     torch.testing.assert_close(value[:1], case.call()(*case.values)[:1])

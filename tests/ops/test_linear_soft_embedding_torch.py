@@ -79,7 +79,7 @@ def test_opcheck_of_the_kernel(requires_grad: bool) -> None:
     named = {name: t.requires_grad_(requires_grad) for name, t in case.tensors.items()}
     arguments = (
         *(named.get(name) for name in NAMES[:4]), 0.7, named.get("temperature"),
-        case.options.get("mask"), named.get("mask_embedding"),
+        case.options.get("mask"), named.get("mask_embedding"), False,
     )  # fmt: skip
     for keep in (STATISTICS, LOGITS) if requires_grad else (NOTHING, STATISTICS, LOGITS):
         torch.library.opcheck(operators.linear_soft_embedding.default, (*arguments, keep))

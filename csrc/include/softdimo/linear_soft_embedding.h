@@ -42,6 +42,10 @@ struct LinearSoftEmbedding {
   const void* row_temperature;  // T [rows], NaN where not positive; null for the scalar
   const bool* mask;             // [rows]; null when nothing is masked
   const void* mask_embedding;   // T [G, D]
+  int64_t slice;                // entries of the vocabulary that are handled at a time
+  bool half;                    // products of bfloat16: hidden, weight, codebook and their gradients' factors
+
+  SOFTDIMO_ALWAYS_INLINE int64_t slices() const { return (vocabulary + slice - 1) / slice; }
 };
 
 struct LinearForward {
@@ -79,6 +83,7 @@ struct LinearBackward {
   int64_t chain;  // rows that are summed in one go: the same sums for any block size
   bool first;     // nothing was added to the sums yet
 
+  // The factors of the block. With half they are packed as pack_bf16.h says, the [.. rows] ones a chain at a time.
   void* hidden_columns;  // T [panels of rows, H, panel width]
   void* hidden_rows;     // T [panels of H, count, panel width]
   void* grad_columns;    // T [G, panels of rows, D, panel width]
@@ -87,7 +92,8 @@ struct LinearBackward {
   void* partials;        // T [slices, slice_fields, G, stride]
   int64_t slice_fields;  // 1, or 5 with the temperature's gradient
   int64_t* peaks;        // [slices, G, stride]: the entry with p > 1/2, or -1
-  void* dlogits;         // T [G, V, stride]
+  void* dlogits;         // T [G, dlogits_rows, stride]; with half each slice becomes bfloat16 [rows, slice] at the end
+  int64_t dlogits_rows;  // slices() * slice
   int64_t stride;
 
   // Results; null when not wanted.
@@ -115,7 +121,7 @@ struct LinearSoftEmbeddingKernels {
   void (*load_rows)(const LinearBackward&, int64_t begin, int64_t end);        // over units of kRowUnit rows
   void (*slices)(const LinearBackward&, int64_t begin, int64_t end);           // over groups x slices
   void (*finish_rows)(const LinearBackward&, int64_t begin, int64_t end);      // over groups x count
-  void (*weight_gradient)(const LinearBackward&, int64_t begin, int64_t end);  // over groups x slices
+  void (*weight_gradient)(const LinearBackward&, int64_t begin, int64_t end);  // over groups x slices; always
   void (*hidden_gradient)(const LinearBackward&, int64_t begin, int64_t end);  // over units of kRowUnit columns of H
   void (*bias_gradient)(const LinearBackward&, int64_t begin, int64_t end);    // over entries of the vocabulary
   // Sums [rows, row] of T, or of double, into [rows, columns] of the given type.
@@ -126,21 +132,17 @@ struct LinearSoftEmbeddingKernels {
 };
 
 // Fixed sizes: results depend on them and on shapes, never on the number of threads.
-constexpr int64_t kSlice = 112;         // most entries of the vocabulary handled at a time: one chain of gemm.h
+constexpr int64_t kSlice = 128;         // most entries of the vocabulary handled at a time; with half, all of them
+constexpr int64_t kChainSlice = 112;    // without: one chain of gemm.h
 constexpr int64_t kRowUnit = 32;        // a multiple of every panel width
 constexpr int64_t kColumnBlock = 512;   // columns of hidden's gradient that are summed at a time
 constexpr int64_t kNarrowTable = 8;     // widest codebook whose products are summed in double
-
-SOFTDIMO_ALWAYS_INLINE int64_t slice_count(int64_t vocabulary) { return (vocabulary + kSlice - 1) / kSlice; }
-SOFTDIMO_ALWAYS_INLINE int64_t slice_size(int64_t vocabulary) {
-  const int64_t slices = slice_count(vocabulary);
-  return (vocabulary + slices - 1) / slices;
-}
 
 // All of so few columns may happen to be small sums of large terms, whose rounding is then the error of the result.
 SOFTDIMO_ALWAYS_INLINE bool sums_in_double(const LinearSoftEmbedding& s) { return s.codebook.columns <= kNarrowTable; }
 
 struct LinearSoftEmbeddingTable {
+  bool bfloat16_products;
   LinearSoftEmbeddingKernels float32;
   LinearSoftEmbeddingKernels float64;
 };

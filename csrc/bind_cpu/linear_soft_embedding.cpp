@@ -1,118 +1,17 @@
 // linear_soft_embedding on CPUs: allocation, layout, threads, and the loop over the blocks of the backward.
 
-#include "softdimo/linear_soft_embedding.h"
+#include "bind_cpu/linear_soft_embedding_call.h"
 
 #include <cstring>
 
-#include "bind_cpu/tensors.h"
-
 namespace softdimo::cpu {
 namespace {
-
-const LinearSoftEmbeddingTable& linear_soft_embedding_table() {
-  return SOFTDIMO_PRODUCT_TABLE(linear_soft_embedding_table);
-}
 
 // Scratch that a call may hold for each of its threads.
 constexpr int64_t kThreadBytes = int64_t{4} << 20;
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 int64_t thread_count() { return std::max<int64_t>(torch::stable::get_num_threads(), 1); }
-
-// A call with everything it points at.
-struct Prepared {
-  LinearSoftEmbedding call{};
-  ScalarType compute;
-  LinearSoftEmbeddingKernels kernels;
-  Shape rows;  // [..., (G)]
-  std::vector<Tensor> kept;
-
-  int64_t row_count() const { return call.positions * call.groups; }
-  int64_t size() const { return compute == ScalarType::Double ? 8 : 4; }
-  int64_t sum_size() const { return sums_in_double(call) ? 8 : size(); }
-
-  template <class T>
-  const T* keep(Tensor tensor) {
-    kept.push_back(std::move(tensor));
-    return static_cast<const T*>(kept.back().const_data_ptr());
-  }
-
-  // A tensor that broadcasts to [shape, last]; copied only where its rows cannot be walked.
-  RowMatrix matrix(Tensor tensor, const Shape& shape) {
-    RowMatrix out{};
-    const int64_t dropped = std::min<int64_t>(tensor.dim(), 1);
-    if (!layout_rows(tensor, shape, dropped, &out.rows)) {
-      tensor = torch::stable::contiguous(tensor);
-      STD_TORCH_CHECK(layout_rows(tensor, shape, dropped, &out.rows), "softdimo: too many broadcast dimensions");
-    }
-    out.type = dtype_of(tensor);
-    out.step = dropped == 0 || tensor.size(-1) == 1 ? 0 : tensor.stride(-1);
-    out.data = keep<void>(std::move(tensor));
-    return out;
-  }
-};
-
-TokenTable token_table(const Tensor& tensor) {
-  const int64_t group = tensor.dim() == 3 ? tensor.stride(0) : 0;
-  return {tensor.const_data_ptr(), dtype_of(tensor), {group, tensor.stride(-2), tensor.stride(-1)}, tensor.size(-1)};
-}
-
-void check_shapes(const Tensor& hidden, const Tensor& weight, const Tensor& codebook, const OptionalTensor& mask,
-                  const OptionalTensor& mask_embedding) {
-  STD_TORCH_CHECK(hidden.is_cpu() && weight.is_cpu() && codebook.is_cpu(), "softdimo: expected CPU tensors");
-  STD_TORCH_CHECK(hidden.dim() >= 1 && (weight.dim() == 2 || weight.dim() == 3) && codebook.dim() == weight.dim(),
-                  "softdimo: bad dimensions");
-  STD_TORCH_CHECK(weight.numel() > 0 && codebook.numel() > 0 && weight.size(-1) == hidden.size(-1) &&
-                      weight.size(-2) == codebook.size(-2) && weight.size(0) == codebook.size(0),
-                  "softdimo: weight and codebook do not fit the hidden states");
-  const int64_t groups = weight.dim() == 3 ? weight.size(0) : 1;
-  const int64_t rows = product(leading_shape(hidden)) * groups;
-  STD_TORCH_CHECK(!mask.has_value() || (mask->numel() == rows && mask->scalar_type() == ScalarType::Bool &&
-                                        mask_embedding.has_value()),
-                  "softdimo: mask does not fit the hidden states");
-  STD_TORCH_CHECK(!mask_embedding.has_value() || mask_embedding->numel() == groups * codebook.size(-1),
-                  "softdimo: mask_embedding does not fit the codebook");
-}
-
-Prepared prepare(const Tensor& hidden, const Tensor& weight, const Tensor& codebook, const OptionalTensor& bias,
-                 double temperature, const OptionalTensor& row_temperature, const OptionalTensor& mask,
-                 const OptionalTensor& mask_embedding, bool high_precision) {
-  check_shapes(hidden, weight, codebook, mask, mask_embedding);
-  Prepared prepared;
-  bool wide = is_double(hidden) || is_double(weight) || is_double(codebook) || is_double(bias);
-  wide = wide || is_double(row_temperature) || is_double(mask_embedding);
-  prepared.compute = wide ? ScalarType::Double : ScalarType::Float;
-  prepared.kernels = wide ? linear_soft_embedding_table().float64 : linear_soft_embedding_table().float32;
-
-  LinearSoftEmbedding& s = prepared.call;
-  const Shape positions = leading_shape(hidden);
-  s.positions = product(positions);
-  s.groups = weight.dim() == 3 ? weight.size(0) : 1;
-  s.vocabulary = weight.size(-2);
-  s.weight = token_table(weight);
-  s.codebook = token_table(codebook);
-  s.hidden = prepared.matrix(hidden, positions);
-  prepared.rows = weight.dim() == 3 ? with(positions, s.groups) : positions;
-  if (bias.has_value()) s.bias = prepared.matrix(*bias, prepared.rows);
-  s.temperature = wide ? usable_temperature<double>(temperature) : usable_temperature<float>(temperature);
-  const auto is_half = [](const Tensor& tensor) { return tensor.scalar_type() == ScalarType::BFloat16; };
-  s.half = linear_soft_embedding_table().bfloat16_products && !wide && !high_precision && is_half(hidden) &&
-           is_half(weight) && is_half(codebook) && !sums_in_double(s) && !(mask.has_value() && s.groups > 1);
-  const int64_t slices = (s.vocabulary + kChainSlice - 1) / kChainSlice;
-  s.slice = s.half ? kSlice : (s.vocabulary + slices - 1) / slices;
-  if (row_temperature.has_value()) {
-    const Tensor like = torch::stable::new_empty(hidden, with(prepared.rows, 0), prepared.compute);
-    s.row_temperature =
-        prepared.keep<void>(wide ? row_temperatures<double>(like, *row_temperature, prepared.compute)
-                                 : row_temperatures<float>(like, *row_temperature, prepared.compute));
-  }
-  if (mask.has_value()) {
-    s.mask = prepared.keep<bool>(torch::stable::contiguous(*mask));
-    s.mask_embedding =
-        prepared.keep<void>(torch::stable::contiguous(torch::stable::to(*mask_embedding, prepared.compute)));
-  }
-  return prepared;
-}
 
 // ---------------------------------------------------------------------------------------------------
 // forward
@@ -163,9 +62,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_soft_embedding(
 int64_t block_bytes(const Prepared& prepared, int64_t block, int64_t threads) {
   const LinearSoftEmbedding& s = prepared.call;
   const int64_t size = prepared.size(), sum = prepared.sum_size(), stride = block + 16, groups = s.groups;
+  const int64_t factor = s.half ? 2 : size, sum_factor = s.half ? 2 : sum;
   const int64_t hidden = round_up(s.weight.columns, kRowUnit), width = round_up(s.codebook.columns, kRowUnit);
   const int64_t slices = s.slices();
-  const int64_t shared = size * block * (2 * hidden + groups * width) + sum * block * groups * width +
+  const int64_t shared = factor * block * (2 * hidden + groups * width) + sum_factor * block * groups * width +
                          size * stride * groups * (s.vocabulary + 4 + 5 * slices) + 8 * stride * groups * slices;
   const int64_t slice = size * kSlice * (std::max(hidden, width) + 16 + 2 * stride) +
                         (sum > size ? sum * kSlice * stride : 0);
@@ -186,8 +86,11 @@ Blocks backward_blocks(const Prepared& prepared, bool kept) {
   constexpr int64_t kMostRows = 1024, kKeptBytes = int64_t{32} << 20;
   const int64_t logits = prepared.row_count() * prepared.call.vocabulary * prepared.size();
   const int64_t budget = std::max(threads * kThreadBytes, kept ? std::min(logits, kKeptBytes) : 0);
+  const int64_t least = prepared.call.half ? kRowUnit : kRowUnit / 2;
   int64_t chain = 3 * kRowUnit;
-  while (chain > (prepared.call.half ? kRowUnit : 16) && block_bytes(prepared, chain, 1) > kThreadBytes) chain -= chain > kRowUnit ? kRowUnit : 16;
+  while (chain > least && block_bytes(prepared, chain, 1) > kThreadBytes) {
+    chain -= chain > kRowUnit ? kRowUnit : kRowUnit / 2;
+  }
   int64_t rows = chain;
   while (rows < positions && rows + chain <= kMostRows &&
          block_bytes(prepared, rows + chain, threads) <= budget) {
@@ -254,16 +157,16 @@ std::vector<Tensor> share_scratch(const Prepared& prepared, int64_t block, bool 
     held.push_back(torch::stable::new_empty(prepared.kept[0], {count}, type));
     return held.back().mutable_data_ptr();
   };
-  const ScalarType compute = prepared.compute;
-  const ScalarType sum = sums_in_double(s) ? ScalarType::Double : compute;
-  const int64_t rows = round_up(block, kRowUnit), slices = s.slices();
+  const ScalarType compute = prepared.compute, factor = s.half ? ScalarType::BFloat16 : compute;
+  const ScalarType sum_factor = sums_in_double(s) ? ScalarType::Double : factor;
+  const int64_t rows = round_up(block, std::max(job.chain, kRowUnit)), slices = s.slices();
   const int64_t hidden = round_up(s.weight.columns, kRowUnit), width = round_up(s.codebook.columns, kRowUnit);
   job.stride = rows % 128 == 0 ? rows + 16 : rows;
   job.slice_fields = job.dtemperature != nullptr ? 5 : 1;
-  job.hidden_columns = scratch(rows * hidden, compute);
-  job.hidden_rows = scratch(rows * hidden, compute);
-  job.grad_columns = scratch(rows * s.groups * width, compute);
-  job.grad_rows = scratch(rows * s.groups * width, sum);
+  job.hidden_columns = scratch(rows * hidden, factor);
+  job.hidden_rows = scratch(rows * hidden, factor);
+  job.grad_columns = scratch(rows * s.groups * width, factor);
+  job.grad_rows = scratch(rows * s.groups * width, sum_factor);
   job.row_state = scratch(4 * s.groups * job.stride, compute);
   job.partials = scratch(slices * job.slice_fields * s.groups * job.stride, compute);
   job.peaks = static_cast<int64_t*>(scratch(slices * s.groups * job.stride, ScalarType::Long));
@@ -303,9 +206,9 @@ bool run_blocks(const Prepared& prepared, LinearBackward& job, bool bias_apart) 
   const LinearSoftEmbedding& s = prepared.call;
   const Blocks blocks = backward_blocks(prepared, job.logits != nullptr);
   const int64_t most = std::min(blocks.rows, std::max<int64_t>(s.positions, 1));
+  job.chain = blocks.chain;
   const std::vector<Tensor> held = share_scratch(prepared, most, job.wants_dlogits(), job);
   std::vector<int64_t> position(static_cast<size_t>(blocks.rows));
-  job.chain = blocks.chain;
   job.position = position.data();
   job.first = true;
   const size_t hidden_bytes = static_cast<size_t>(s.weight.columns * size_of(s.hidden.type));
@@ -349,7 +252,8 @@ Tensor mask_embedding_gradient(const Prepared& prepared, const RowMatrix& grad, 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_soft_embedding_backward(
     const Tensor& grad, const Tensor& hidden, const Tensor& weight, const Tensor& codebook, const OptionalTensor& bias,
     double temperature, const OptionalTensor& row_temperature, const OptionalTensor& mask,
-    const OptionalTensor& mask_embedding, bool high_precision, const OptionalTensor& logits, const Tensor& row_max, const Tensor& row_sum,
+    const OptionalTensor& mask_embedding, bool high_precision, const OptionalTensor& logits, const Tensor& row_max,
+    const Tensor& row_sum,
     const Tensor& soft, std::vector<bool> wanted) {
   Prepared prepared =
       prepare(hidden, weight, codebook, bias, temperature, row_temperature, mask, mask_embedding, high_precision);

@@ -101,7 +101,8 @@ void load_rows_in(const LinearBackward& b, int64_t begin, int64_t end) {
 inline void pack_half(const LinearBackward& b, const Bfloat16* gathered, int64_t depth, int64_t m, Bfloat16* columns,
                       Bfloat16* rows) {
   const int64_t some = smaller(kPanel, b.count - m), steps = padded_depth(depth) / kDepthStep;
-  pack_right({gathered, DType::bfloat16, 0, 1, depth}, depth, some, 0, steps, columns + m / kPanel * right_panel(depth));
+  columns += m / kPanel * right_panel(depth);
+  pack_right({gathered, DType::bfloat16, 0, 1, depth}, depth, some, 0, steps, columns);
   const int64_t within = m % b.chain, length = smaller(b.chain, b.count - (m - within)), step = within / kDepthStep;
   pack_right({gathered, DType::bfloat16, -within * depth, depth, 1}, length, depth, step, step + 1,
              rows + m / b.chain * right_size(b.chain, depth));

@@ -168,8 +168,8 @@ void forward_block(const LinearForward& f, int64_t group, int64_t begin, int64_t
   T *top = scratch.state, *sum = top + stride, *temperature = sum + stride, *factor = temperature + stride;
   for (int64_t v = 0; v < s.vocabulary && count > 0; v += s.slice) {
     const int64_t n = smaller(s.slice, s.vocabulary - v);
-    compute_logits<Half>(s, group, v, n, count, [&](int64_t m) { return scratch.rows[m]; }, scratch.columns, scratch.table,
-                   scratch.z, z_row);
+    compute_logits<Half>(s, group, v, n, count, [&](int64_t m) { return scratch.rows[m]; }, scratch.columns,
+                         scratch.table, scratch.z, z_row);
     keep_logits(f, group, scratch.rows, count, v, n, scratch.z, z_row);
     for (int64_t m = 0; m < padded<T>(count); m += kLanes<T>) {
       merge_rows(scratch.z + m, z_row, n, unit_temperature(s), top + m, sum + m, temperature + m, factor + m);

@@ -12,6 +12,7 @@ from softdimo_fast.ops import _arguments as check
 from softdimo_fast.ops import _backends, _library, _registration
 from softdimo_fast.ops._explain import Explanation, explains
 from softdimo_fast.ops.reference import linear_soft_embedding as reference
+from softdimo_fast.ops.reference import soft_embedding as reference_soft_embedding
 from softdimo_fast.ops.reference.common import compute_dtype
 
 NAME = "linear_soft_embedding"
@@ -43,6 +44,20 @@ class _Call(NamedTuple):
         """The arguments that get a gradient, in the order of the backward operator's results."""
         linear = (self.hidden, self.weight, self.codebook, self.bias)
         return (*linear, self.row_temperature, self.mask_embedding)
+
+    @property
+    def multiplies_bfloat16(self) -> bool:
+        """Whether the C++ kernels do, as they decide it."""
+        tables = (self.hidden, self.weight, self.codebook)
+        return (
+            self.choice.backend == "cpp"
+            and _library.cpu_isa().endswith("-bf16")
+            and all(tensor.dtype == torch.bfloat16 for tensor in tables)
+            and compute_dtype(*self.differentiable) == torch.float32
+            and self.codebook.shape[-1] > reference_soft_embedding.NARROW_WIDTH
+            and not (self.mask is not None and self.weight.shape[:-2].numel() > 1)
+            and not self.high_precision
+        )
 
     @property
     def logits_bytes(self) -> int:
@@ -85,9 +100,10 @@ def linear_soft_embedding(
         memory: ``"recompute"`` never holds more than a slice of the logits: forward and backward
             take at most 4 MiB for each thread beyond what they return and the wide sums of the
             gradients to weight, codebook and bias. ``"keep"`` holds all logits, in float32 or
-            wider, from forward to backward, which saves backward one product. ``"auto"`` keeps
-            them when they take at most 256 MiB. Where no input requires a gradient nothing is kept.
-            The choice does not change a bit of the results.
+            wider, from forward to backward, which saves backward one product and, with up to
+            32 MiB of scratch, many passes over weight and codebook: it is the faster one.
+            ``"auto"`` keeps them when they take at most 256 MiB. Where no input requires a
+            gradient nothing is kept. The choice does not change a bit of the results.
         precision: ``"default"`` or ``"high"``. By default the C++ backend multiplies in bfloat16,
             with float32 sums, where hidden, weight and codebook are bfloat16 and the processor has
             such products; ``"high"`` asks for float32. The reference always multiplies in float32
@@ -344,6 +360,8 @@ def _explain(hidden: Tensor, weight: Tensor, codebook: Tensor, **options: Any) -
     rows = hidden.numel() // hidden_width
     kept = "kept for backward" if call.keep == LOGITS else "not kept"
     notes = [f"the logits ({call.logits_bytes / 2**20:.3g} MiB) are {kept}"]
+    if call.multiplies_bfloat16:
+        notes.append("products of bfloat16 with float32 sums; precision='high': of float32")
     if call.choice.backend == "cpp":
         kernel = f"softdimo::{NAME}, {_library.cpu_isa()}"
     else:

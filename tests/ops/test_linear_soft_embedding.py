@@ -49,8 +49,7 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 # Values and gradients
 
 
-@given(case=cases())
-def test_contract(case: Case) -> None:
+def assert_case_keeps_the_contract(case: Case) -> None:
     """Over at least 256 rows; a gradient that is zero but for rounding is bounded by its terms."""
     upstream = torch.randn(case.call()(*case.values).shape)
     value, grads = gradients(case.call(), case.values, upstream)
@@ -67,6 +66,24 @@ def test_contract(case: Case) -> None:
         else:
             size = float(upstream.norm()) * float(wide.tensors["codebook"].norm())
             assert float((mine - exact).abs().max()) <= floor(case) * size, name
+
+
+@given(case=cases())
+def test_contract(case: Case) -> None:
+    assert_case_keeps_the_contract(case)
+
+
+@pytest.mark.parametrize("precision", ["default", "high"])
+@pytest.mark.parametrize("name", ["plain", "bias", "positions", "samples"])
+@pytest.mark.parametrize("memory", ["keep", "recompute"])
+def test_contract_of_bfloat16_products(name: str, precision: str, memory: str) -> None:
+    """Widths that fill no step of such a product, and ones that do."""
+    for vocabulary, hidden_width, width in ((300, 70, 41), (256, 64, 32)):
+        case = make(
+            lead=(30, 11), vocabulary=vocabulary, hidden_width=hidden_width, width=width, scale=10.0,
+            dtype=torch.bfloat16, precision=precision, memory=memory, **VARIANTS[name],
+        )  # fmt: skip
+        assert_case_keeps_the_contract(case)
 
 
 @pytest.mark.parametrize("distance", [1e-2, 1e-4, 1e-6])

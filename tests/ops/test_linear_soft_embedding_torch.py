@@ -191,6 +191,16 @@ def test_only_our_operator_runs_and_explain_counts_it(backend: str) -> None:
     assert explanation.kernel == kernels[backend]
 
 
+def test_explain_says_where_products_are_of_bfloat16(backend: str) -> None:
+    case = make(dtype=torch.bfloat16, width=9)
+    here = backend == "cpp" and torch.ops.softdimo.cpu_isa().endswith("-bf16")
+    for options, expected in (({}, here), ({"precision": "high"}, False)):
+        notes = explain(linear_soft_embedding, *case.values, **options).notes
+        assert any("products of bfloat16" in note for note in notes) == expected
+    wide = explain(linear_soft_embedding, *make(dtype=torch.float32, width=9).values)
+    assert not any("products of bfloat16" in note for note in wide.notes)
+
+
 ISA_SCRIPT = """
 import torch, softdimo_fast as s
 assert torch.ops.softdimo.cpu_isa() == {isa!r}
@@ -204,6 +214,10 @@ def run(backend, *tensors):
 wide = run("reference", *[t.double() for t in (h, w, e, b)])
 for mine, true in zip(run("cpp", h, w, e, b), wide):
     assert (mine - true).norm() < 5e-6 * true.norm(), (mine - true).norm() / true.norm()
+halves = [t.detach().bfloat16() for t in (h, w, e, b)]
+wide = run("reference", *[t.double() for t in halves])
+for mine, true in zip(run("cpp", *halves), wide):
+    assert (mine - true).norm() < 8e-3 * true.norm(), (mine - true).norm() / true.norm()
 """
 
 

@@ -48,26 +48,28 @@ void find_tops(const Divergence& s, const Row<T>& row, Buffers<T>& room, RowStat
   found.model_top = static_cast<double>(lane_max<T>(model));
 }
 
+bool unit_temperatures(const Divergence& s) { return s.teacher_temperature == 1 && s.model_temperature == 1; }
+
 // Sums over a row of p~ = exp(a), q~ = exp(b) and d = a - b, a and b scaled and about their maxima.
 struct Moments {
   double p, q, pd, qd, pp, qq, pq;
-  double reach;  // max |d|
+  double dd;  // of the squares of d
 };
 
-template <class T>
+template <class T, bool kUnit>
 Moments sum_moments(const Divergence& s, const Row<T>& row, const Row<T>& next, const RowStatistics& tops,
                     Buffers<T>& room) {
   const Scale<T> teacher = scale_of<T>(tops.teacher_top, s.teacher_temperature);
   const Scale<T> model = scale_of<T>(tops.model_top, s.model_temperature);
-  Total<T> p, q, pd, qd, pp, qq, pq;
-  Vec<T> most{}, least{};
+  Total<T> p, q, pd, qd, pp, qq, pq, dd;
   for (int64_t first = 0; first < s.vocabulary; first += kChunk<T>) {
     prefetch_chunk(s, next, first);
     const Chunk<T> chunk = read_chunk(s, row, first, room);
-    Vec<T> cp{}, cq{}, cpd{}, cqd{}, cpp{}, cqq{}, cpq{};
+    Vec<T> cp{}, cq{}, cpd{}, cqd{}, cpp{}, cqq{}, cpq{}, cdd{};
     for (int64_t v = 0; v < chunk.end; v += kLanes<T>) {
-      const Vec<T> x = below_top(load(chunk.teacher + v), teacher), y = below_top(load(chunk.model + v), model);
-      const Vec<T> ep = exp_nonpositive(x), eq = exp_nonpositive(y), d = x - y;
+      const Vec<T> x = below_top<kUnit, T>(load(chunk.teacher + v), teacher);
+      const Vec<T> y = below_top<kUnit, T>(load(chunk.model + v), model);
+      const Vec<T> ep = exp_below(x), eq = exp_below(y), d = x - y;
       cp += ep;
       cq += eq;
       cpd += ep * d;
@@ -75,8 +77,7 @@ Moments sum_moments(const Divergence& s, const Row<T>& row, const Row<T>& next, 
       cpp += ep * ep;
       cqq += eq * eq;
       cpq += ep * eq;
-      most = d > most ? d : most;
-      least = d < least ? d : least;
+      cdd += d * d;
     }
     p.add(cp);
     q.add(cq);
@@ -85,9 +86,9 @@ Moments sum_moments(const Divergence& s, const Row<T>& row, const Row<T>& next, 
     pp.add(cpp);
     qq.add(cqq);
     pq.add(cpq);
+    dd.add(cdd);
   }
-  const Vec<T> reach = most > -least ? most : -least;
-  return {p.sum(), q.sum(), pd.sum(), qd.sum(), pp.sum(), qq.sum(), pq.sum(), static_cast<double>(lane_max<T>(reach))};
+  return {p.sum(), q.sum(), pd.sum(), qd.sum(), pp.sum(), qq.sum(), pq.sum(), dd.sum()};
 }
 
 // forward_weight * forward + reverse_weight * reverse; a zero weight leaves its part out: 0 * inf would be NaN.
@@ -109,7 +110,7 @@ bool direct_value(const Divergence& s, const Moments& m, RowStatistics& found, d
   found.model_mean = q_mean;
   *value = weighted(s, forward, reverse);
   const double least = sizeof(T) == 8 ? 0.5 : 0.125;  // double has nothing wider to take its sums in
-  return m.reach < 1e15 && apart >= least * (pp + qq) &&
+  return m.dd < 1e30 && apart >= least * (pp + qq) &&
          (s.forward_weight == 0 || 16 * forward >= ::fabs(p_mean) + ::fabs(centre)) &&
          (s.reverse_weight == 0 || 16 * reverse >= ::fabs(q_mean) + ::fabs(centre));
 }
@@ -152,7 +153,8 @@ T forward_row(const Divergence& s, const Row<T>& row, const Row<T>& next, Buffer
     found.teacher_sum = found.model_sum = kNothing<double>;
     return kNothing<T>;
   }
-  const Moments moments = sum_moments(s, row, next, found, room);
+  const Moments moments = unit_temperatures(s) ? sum_moments<T, true>(s, row, next, found, room)
+                                               : sum_moments<T, false>(s, row, next, found, room);
   const double sums = moments.p + moments.q;
   found.teacher_sum = sums == sums ? moments.p : sums;  // NaN in either makes both NaN
   found.model_sum = sums == sums ? moments.q : sums;
@@ -242,7 +244,7 @@ struct Outgoing {
   Total<T> teacher_rest, model_rest;
 };
 
-template <class T, bool kDirect>
+template <class T, bool kDirect, bool kUnit>
 void chunk_gradients(const Centred<T>& c, const Side<T>& teacher, const Side<T>& model, const Chunk<T>& chunk,
                      Outgoing<T>& out) {
   Vec<T> teacher_rest{}, model_rest{};
@@ -250,8 +252,8 @@ void chunk_gradients(const Centred<T>& c, const Side<T>& teacher, const Side<T>&
     const Vec<T> a = load(chunk.teacher + v), b = load(chunk.model + v);
     Vec<T> to_teacher, to_model;
     if constexpr (kDirect) {
-      const Vec<T> x = below_top(a, c.teacher), y = below_top(b, c.model);
-      const Vec<T> p = exp_nonpositive(x), q = exp_nonpositive(y), d = x - y;
+      const Vec<T> x = below_top<kUnit, T>(a, c.teacher), y = below_top<kUnit, T>(b, c.model);
+      const Vec<T> p = exp_below(x), q = exp_below(y), d = x - y;
       to_teacher = direct_gradient(teacher, p, q, d);
       to_model = direct_gradient(model, q, p, d);
     } else {
@@ -261,11 +263,11 @@ void chunk_gradients(const Centred<T>& c, const Side<T>& teacher, const Side<T>&
     }
     if (out.teacher != nullptr) {
       store(out.teacher + v, to_teacher);
-      teacher_rest += a == c.teacher.top ? Vec<T>{} : to_teacher;
+      if (teacher.peaked) teacher_rest += a == c.teacher.top ? Vec<T>{} : to_teacher;
     }
     if (out.model != nullptr) {
       store(out.model + v, to_model);
-      model_rest += b == c.model.top ? Vec<T>{} : to_model;
+      if (model.peaked) model_rest += b == c.model.top ? Vec<T>{} : to_model;
     }
   }
   if (out.teacher != nullptr) out.teacher_rest.add(teacher_rest);
@@ -281,7 +283,8 @@ void find_peak(const T* logits, int64_t first, int64_t count, T top, int64_t* pe
   if (at >= 0) *peak = first + at;
 }
 
-// Where a chunk's gradient is computed: in the output itself, where that can hold whole vectors of T.
+// Where a chunk's gradient is computed: in the output itself, where that can hold whole vectors of T. (Streaming stores
+// measured slower: the pages of a fresh output are in the caches, just zeroed by the system.)
 template <class T>
 T* place(const Gradient& out, int64_t at, int64_t count, T* copy) {
   if (out.data == nullptr) return nullptr;
@@ -330,8 +333,13 @@ void backward_row(const DivergenceBackward& b, const Row<T>& row, const Row<T>& 
     if (b.model.data != nullptr && model.peaked) find_peak(chunk.model, first, count, c.model.top, &model_peak);
     out.teacher = wants_teacher ? room.teacher : nullptr;
     out.model = place(b.model, at, count, room.model);
-    found.direct != 0 ? chunk_gradients<T, true>(c, teacher, model, chunk, out)
-                         : chunk_gradients<T, false>(c, teacher, model, chunk, out);
+    if (found.direct == 0) {
+      chunk_gradients<T, false, false>(c, teacher, model, chunk, out);
+    } else if (unit_temperatures(s)) {
+      chunk_gradients<T, true, true>(c, teacher, model, chunk, out);
+    } else {
+      chunk_gradients<T, true, false>(c, teacher, model, chunk, out);
+    }
     if (out.model == room.model) narrow(out.model, count, b.model.data, b.model.type, at);
     if (wants_teacher) write_guided(b, row.guidance, at, count, out.teacher, room.uncond);
   }

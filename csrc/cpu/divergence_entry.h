@@ -154,18 +154,35 @@ SOFTDIMO_ALWAYS_INLINE Scale<T> scale_of(double logit, double temperature) {
   return {top, high, static_cast<T>(sizeof(T) == 8 ? rest : wide), least};
 }
 
-// distance / temperature, not beyond kFar; NaN for NaN.
-template <class T>
+// distance / temperature, not beyond kFar; NaN for NaN. kUnit: the temperature is 1.
+template <bool kUnit, class T>
 SOFTDIMO_ALWAYS_INLINE Vec<T> scaled(Vec<T> distance, const Scale<T>& scale) {
-  const Vec<T> d = distance < scale.least ? splat(scale.least) : distance;
+  const Vec<T> d = scale.least > distance ? scale.least : distance;
+  if constexpr (kUnit) return d;
   return d * scale.inverse + d * scale.inverse_low;
 }
 
 // (logit - top) / temperature, at most 0.
-template <class T>
+template <bool kUnit, class T>
 SOFTDIMO_ALWAYS_INLINE Vec<T> below_top(Vec<T> logit, const Scale<T>& scale) {
-  return scaled<T>(logit - scale.top, scale);
+  return scaled<kUnit, T>(logit - scale.top, scale);
 }
+
+// exp(x) for x <= 0, a third faster than exp_nonpositive: to 1e-8 + 2e-9 x beside its rounding, much less than what
+// the rounding of x costs. 0 below the normal range, NaN for NaN.
+SOFTDIMO_ALWAYS_INLINE Vec<float> exp_below(Vec<float> x) {
+  constexpr float kMagic = 12583039.0f;  // 1.5 * 2^23 + 127: adding it rounds, and leaves the exponent's bits last
+  const Vec<float> shifted = x * 1.44269504088896341f + kMagic;
+  const Vec<float> r = x - (shifted - kMagic) * 0.693147180559945309f;
+  Vec<float> poly = r * 1.392632606e-03f + 8.363292553e-03f;
+  poly = poly * r + 4.166655242e-02f;
+  poly = poly * r + 1.666657627e-01f;
+  poly = poly * r + 0.5f;
+  poly = poly * r + 1.0f;
+  poly = poly * r + 1.0f;
+  return x < -87.0f ? Vec<float>{} : poly * (Vec<float>)((UintVec)shifted << 23);
+}
+SOFTDIMO_ALWAYS_INLINE Vec<double> exp_below(Vec<double> x) { return exp_nonpositive(x); }
 
 // a - b - difference, exactly (Knuth's two-sum).
 template <class V>
@@ -205,7 +222,8 @@ template <class T>
 SOFTDIMO_ALWAYS_INLINE Vec<T> exact_difference(const Centred<T>& c, Vec<T> a, Vec<T> b) {
   const Vec<T> entry = a - b;
   const Vec<T> d = (entry - c.top) + (rounding(a, b, entry) - c.top_rounding);
-  return scaled(d > -c.teacher.least ? splat(-c.teacher.least) : d, c.teacher);
+  const T most = -c.teacher.least;
+  return scaled<false, T>(most < d ? most : d, c.teacher);
 }
 
 // (x + expm1(-x)) / x^2 for |x| < 1/2, to the last bit or so.
@@ -238,7 +256,7 @@ struct Entry {
 // nearly equal ones are p and p exp(-r). An entry that is -inf on one side has a ratio of -kFar or kFar.
 template <class T>
 SOFTDIMO_ALWAYS_INLINE Entry<T> centred_entry(const Centred<T>& c, Vec<T> a, Vec<T> b) {
-  const Vec<T> x = below_top(a, c.teacher), y = below_top(b, c.model);
+  const Vec<T> x = below_top<false, T>(a, c.teacher), y = below_top<false, T>(b, c.model);
   Vec<T> d = x - y;
   if (c.same_temperature) {
     const Vec<T> exact = exact_difference(c, a, b);
@@ -248,8 +266,8 @@ SOFTDIMO_ALWAYS_INLINE Entry<T> centred_entry(const Centred<T>& c, Vec<T> a, Vec
   e.ratio = (d - c.centre) - c.excess;
   const Vec<T> far = e.ratio < T(0) ? -e.ratio : e.ratio;
   const auto near = far < T(0.5), q_larger = e.ratio <= T(-0.5);
-  const Vec<T> base = exp_nonpositive(q_larger ? y : x) * (q_larger ? splat(c.q_scale) : splat(c.p_scale));
-  const Vec<T> share = exp_nonpositive(-far), other = base * share;
+  const Vec<T> base = exp_below(q_larger ? y : x) * (q_larger ? splat(c.q_scale) : splat(c.p_scale));
+  const Vec<T> share = exp_below(-far), other = base * share;
 
   const Vec<T> g = e.ratio * e.ratio * curvature<T>(e.ratio);
   const Vec<T> lost = T(1) - share, more = base * (far - lost), less = base * (lost - far * share);

@@ -12,6 +12,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def main(folder: Path, allocator: str) -> None:
     }
     results.save_machine(folder, allocator, facts, asdict(limits))
     _say("ceilings", 0.0)
+    if not chosen.quick and any(case.compiled for case in chosen.selected()):
+        _load_compiler(chosen.device)
     # What lives anyway is not searched again and again by the collections between calls.
     gc.collect()
     gc.freeze()
@@ -99,6 +102,12 @@ def measure_case(
         "kernel": f"{explanation.kernel} (backend {explanation.backend!r})",
         "accumulators": workload.accumulators,
     }
+
+
+def _load_compiler(device: str) -> None:
+    """So that the first case's seconds of compilation are its own. One that fails is told by the cases."""
+    with suppress(Exception):
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
 
 
 def _leave_out_compiled(workload: Workload) -> None:

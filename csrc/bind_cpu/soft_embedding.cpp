@@ -176,7 +176,7 @@ struct Cut {
 };
 
 Cut backward_cut(const SoftEmbedding& s) {
-  constexpr int64_t kTasks = 64, kLeastRows = 4 * kWideRows, kMostPartialBytes = int64_t{32} << 20;
+  constexpr int64_t kTasks = 16, kLeastRows = 4 * kWideRows, kMostPartialBytes = int64_t{32} << 20;
   const int64_t tile = std::min<int64_t>(s.width > 256 ? 128 : kVocabularyChunk, (s.vocabulary + 3) / 4 * 4);
   const int64_t tiles = (s.vocabulary + tile - 1) / tile;
   const int64_t table_bytes = s.groups * s.vocabulary * s.width * static_cast<int64_t>(sizeof(double));

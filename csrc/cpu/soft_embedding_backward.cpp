@@ -268,13 +268,14 @@ void pack_upstream(const Backward& b, int64_t begin, int64_t end) {
   const Scratch<T> g(s.width);
   for (int64_t i = begin; i < end; ++i) {
     const Block block(b, i / blocks / b.splits, i / blocks % b.splits, i % blocks);
-    Product::pack_rows(b, block, i);
     for (int64_t m = 0; m < block.count; ++m) {
       const int64_t row = block.rows[m];
       widen(b.grad, s.codebook_type, row * s.width, s.width, g.get());
+      Product::pack_row(b, i, m, g.get());
       static_cast<T*>(b.delta)[row] =
           static_cast<T>(dot(g.get(), static_cast<const T*>(b.soft) + row * s.width, s.width));
     }
+    Product::pack_block(b, i, block.count);
   }
 }
 

@@ -42,8 +42,7 @@ class WideProduct {
 
   explicit WideProduct(const Backward& b)
       : b_(b), g_row_(upstream_row(b)), p_row_(whole_panels(b.tile, kPair<T>) + kPad), dp_(b.block_rows * p_row_),
-        p_(b.block_rows * p_row_), de_(b.tile * g_row_), p_copy_(copy_size<S, T>(b.block_rows * p_row_)),
-        g_copy_(copy_size<S, T>(b.block_rows * g_row_)) {
+        p_(b.block_rows * p_row_), de_(b.tile * g_row_) {
     std::memset(dp_.get(), 0, static_cast<size_t>(b.block_rows * p_row_) * sizeof(T));  // beyond the panels: finite
   }
 
@@ -69,44 +68,44 @@ class WideProduct {
     }
   }
 
-  // G as [blocks, block rows, padded D + kPad].
+  // G as [blocks, block rows, padded D + kPad] in T, and each block once more in S where that differs.
   static int64_t upstream_bytes(const Backward& b) {
-    return b.call.groups * b.splits * split_blocks(b) * block_size(b) * static_cast<int64_t>(sizeof(T));
+    return b.call.groups * b.splits * split_blocks(b) * block_bytes(b);
   }
-  static void pack_rows(const Backward& b, const Block& block, int64_t index) {
-    const SoftEmbedding& s = b.call;
+  // Row m of a block is g, padded with zeros.
+  static void pack_row(const Backward& b, int64_t index, int64_t m, const T* g) {
     const int64_t row = upstream_row(b);
-    for (int64_t m = 0; m < block.count; ++m) {
-      T* g = static_cast<T*>(b.upstream) + index * block_size(b) + m * row;
-      widen(b.grad, s.codebook_type, block.rows[m] * s.width, s.width, g);
-      for (int64_t d = s.width; d < row; ++d) g[d] = T(0);
-    }
+    T* out = in_t(b, index) + m * row;
+    std::memcpy(out, g, static_cast<size_t>(b.call.width) * sizeof(T));
+    for (int64_t d = b.call.width; d < row; ++d) out[d] = T(0);
+    if constexpr (sizeof(S) != sizeof(T)) copy_as(out, row, in_s(b, index) + m * row);
   }
+  static void pack_block(const Backward&, int64_t, int64_t) {}
   static const char* upstream_at(const Backward& b, int64_t index) {
-    return reinterpret_cast<const char*>(static_cast<const T*>(b.upstream) + index * block_size(b));
+    return static_cast<const char*>(b.upstream) + index * block_bytes(b);
   }
-  static int64_t block_bytes(const Backward& b) { return block_size(b) * static_cast<int64_t>(sizeof(T)); }
+  static int64_t block_bytes(const Backward& b) {
+    return block_size(b) * static_cast<int64_t>(sizeof(S) == sizeof(T) ? sizeof(T) : sizeof(T) + sizeof(S));
+  }
 
   void multiply_codebook(const Slice& slice, int64_t index, int64_t rows, Prefetch* ahead) {
     const SoftEmbedding& s = b_.call;
     const int64_t panel = panel_width<T>(s.vocabulary);
     const T* table = static_cast<const T*>(s.packed_codebook) +
                      (slice.group * padded<T>(s.vocabulary) + slice.first) * s.width;
-    gemm<T>(rows, whole_panels(slice.count, panel), s.width, {upstream(index), g_row_, 1}, table, panel * s.width,
+    gemm<T>(rows, whole_panels(slice.count, panel), s.width, {in_t(b_, index), g_row_, 1}, table, panel * s.width,
             panel, dp_.get(), p_row_, false, ahead);
   }
   const T* dp(int64_t m) const { return dp_.get() + m * p_row_; }
 
   SOFTDIMO_ALWAYS_INLINE void put(int64_t m, int64_t v, Vec<T> first, Vec<T> second) {
-    store(p_.get() + m * p_row_ + v, first);
-    store(p_.get() + m * p_row_ + v + kLanes<T>, second);
+    store_as<S, T>(p_.get() + m * p_row_ + v, first);
+    store_as<S, T>(p_.get() + m * p_row_ + v + kLanes<T>, second);
   }
 
   void multiply_rows(const Slice& slice, int64_t index, int64_t rows, bool add, Prefetch* ahead) {
-    const int64_t wide = padded<T>(b_.call.width);
-    const S* p = in_type<S>(p_.get(), rows, slice.count, p_row_, p_copy_.get());
-    const S* g = in_type<S>(upstream(index), rows, wide, g_row_, g_copy_.get());
-    gemm<S>(slice.count, padded<S>(b_.call.width), rows, {p, 1, p_row_}, g, panel_width<S>(b_.call.width), g_row_,
+    const int64_t width = b_.call.width;
+    gemm<S>(slice.count, padded<S>(width), rows, {p_.get(), 1, p_row_}, in_s(b_, index), panel_width<S>(width), g_row_,
             de_.get(), g_row_, add, ahead);
   }
   // dE of the slice, [count, D].
@@ -119,12 +118,18 @@ class WideProduct {
  private:
   static int64_t upstream_row(const Backward& b) { return padded<T>(b.call.width) + kPad; }
   static int64_t block_size(const Backward& b) { return b.block_rows * upstream_row(b); }
-  const T* upstream(int64_t index) const { return static_cast<const T*>(b_.upstream) + index * block_size(b_); }
+  static T* in_t(const Backward& b, int64_t index) {
+    return reinterpret_cast<T*>(static_cast<char*>(b.upstream) + index * block_bytes(b));
+  }
+  static S* in_s(const Backward& b, int64_t index) {
+    if constexpr (sizeof(S) == sizeof(T)) return in_t(b, index);
+    return reinterpret_cast<S*>(in_t(b, index) + block_size(b));
+  }
 
   const Backward& b_;
   const int64_t g_row_, p_row_;
-  const Scratch<T> dp_, p_;
-  const Scratch<S> de_, p_copy_, g_copy_;
+  const Scratch<T> dp_;
+  const Scratch<S> p_, de_;
 };
 
 #ifdef __AVX512BF16__
@@ -160,16 +165,13 @@ class Bfloat16Product {
   static int64_t upstream_bytes(const Backward& b) {
     return b.call.groups * b.splits * split_blocks(b) * block_bytes(b);
   }
-  static void pack_rows(const Backward& b, const Block& block, int64_t index) {
-    const SoftEmbedding& s = b.call;
-    Bfloat16* out = static_cast<Bfloat16*>(b.upstream) + index * block_size(b);
-    const int64_t row = upstream_row(b);
-    const Scratch<float> g(s.width);
-    for (int64_t m = 0; m < block.count; ++m) {
-      widen(b.grad, s.codebook_type, block.rows[m] * s.width, s.width, g.get());
-      pack_left_row(g.get(), s.width, out + m * row);
-    }
-    pack_left({out, DType::bfloat16, 0, 1, row}, s.width, block.count, out + b.block_rows * row, transposed_row(b));
+  static void pack_row(const Backward& b, int64_t index, int64_t m, const float* g) {
+    pack_left_row(g, b.call.width, in_rows(b, index) + m * upstream_row(b));
+  }
+  static void pack_block(const Backward& b, int64_t index, int64_t rows) {
+    Bfloat16* out = in_rows(b, index);
+    pack_left({out, DType::bfloat16, 0, 1, upstream_row(b)}, b.call.width, rows, out + b.block_rows * upstream_row(b),
+              transposed_row(b));
   }
   static const char* upstream_at(const Backward& b, int64_t index) {
     return static_cast<const char*>(b.upstream) + index * block_bytes(b);
@@ -180,7 +182,7 @@ class Bfloat16Product {
     const SoftEmbedding& s = b_.call;
     const Bfloat16* table = static_cast<const Bfloat16*>(s.packed_codebook) +
                             slice.group * right_size(s.width, s.vocabulary) + slice.first / kPanel * right_panel(s.width);
-    gemm_bf16(rows, whole_panels(slice.count, kPanel), s.width, upstream(index), upstream_row(b_), table,
+    gemm_bf16(rows, whole_panels(slice.count, kPanel), s.width, in_rows(b_, index), upstream_row(b_), table,
               right_panel(s.width), dp_.get(), p_row_, false, ahead);
   }
   const float* dp(int64_t m) const { return dp_.get() + m * p_row_; }
@@ -200,7 +202,7 @@ class Bfloat16Product {
       if (rows % 2 != 0) put_pair(rows / 2, v, Vec<float>{}, Vec<float>{});
       for (int64_t pair = (rows + 1) / 2; pair < padded_depth(rows) / 2; ++pair) clear_pair(pair, v);
     }
-    const Bfloat16* left = upstream(index) + b_.block_rows * upstream_row(b_);
+    const Bfloat16* left = in_rows(b_, index) + b_.block_rows * upstream_row(b_);
     for (int term = 0; term < Terms; ++term) {
       gemm_bf16(b_.call.width, slice.count, rows, left, transposed_row(b_), p_.get() + term * p_size_, panel, de_.get(),
                 p_row_, add || term > 0, term == 0 ? ahead : nullptr);
@@ -218,7 +220,12 @@ class Bfloat16Product {
         }
         transpose(block);
         for (int64_t j = 0; j < smaller(16, slice.count - v); ++j) {
-          std::memcpy(out + (v + j) * width + d, block + j, static_cast<size_t>(columns) * sizeof(float));
+          float* entry = out + (v + j) * width + d;
+          if (columns == 16) {
+            _mm512_storeu_si512(entry, block[j]);
+          } else {
+            std::memcpy(entry, block + j, static_cast<size_t>(columns) * sizeof(float));
+          }
         }
       }
     }
@@ -230,8 +237,8 @@ class Bfloat16Product {
   static int64_t block_size(const Backward& b) {
     return b.block_rows * upstream_row(b) + b.call.width * transposed_row(b);
   }
-  const Bfloat16* upstream(int64_t index) const {
-    return static_cast<const Bfloat16*>(b_.upstream) + index * block_size(b_);
+  static Bfloat16* in_rows(const Backward& b, int64_t index) {
+    return static_cast<Bfloat16*>(b.upstream) + index * block_size(b);
   }
 
   Bfloat16* pair_at(int64_t pair, int64_t v) const {

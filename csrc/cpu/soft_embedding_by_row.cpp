@@ -71,10 +71,16 @@ void finish_rows(const Backward& b, int64_t begin, int64_t end) {
 
 template <class T>
 void reduce(const void* parts, int64_t count, int64_t n, void* out, DType type, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    double sum = 0;
-    for (int64_t part = 0; part < count; ++part) sum += static_cast<const T*>(parts)[part * n + i];
-    narrow(&sum, 1, out, type, i);
+  constexpr int64_t kRun = 256;
+  double sum[kRun];
+  for (int64_t i = begin; i < end; i += kRun) {
+    const int64_t length = smaller(kRun, end - i);
+    for (int64_t j = 0; j < length; ++j) sum[j] = 0;
+    for (int64_t part = 0; part < count; ++part) {
+      const T* source = static_cast<const T*>(parts) + part * n + i;
+      for (int64_t j = 0; j < length; ++j) sum[j] += source[j];
+    }
+    narrow(sum, length, out, type, i);
   }
 }
 

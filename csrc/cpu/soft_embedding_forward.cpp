@@ -34,7 +34,7 @@ struct Running {
 // ---------------------------------------------------------------------------------------------------
 // products
 
-// p~ and its product with the codebook, packed as [G, panels, V, panel width] with zeros beyond D; summed in S.
+// p~ and its product with the codebook, packed as [G, panels, V, panel width] with zeros beyond D; multiplied in S.
 template <class Compute, class Sums>
 class WideProduct {
  public:
@@ -42,23 +42,22 @@ class WideProduct {
   using S = Sums;
 
   explicit WideProduct(const Forward& f)
-      : s_(f.call), p_(f.block_rows * kRow), p_copy_(copy_size<S, T>(f.block_rows * kRow)),
-        table_copy_(copy_size<S, T>(kVocabularyChunk * padded<T>(s_.width))) {}
+      : s_(f.call), p_(f.block_rows * kRow) {}
 
   static int64_t packed_bytes(const SoftEmbedding& s) {
-    return s.groups * s.vocabulary * padded<T>(s.width) * static_cast<int64_t>(sizeof(T));
+    return s.groups * s.vocabulary * padded<S>(s.width) * static_cast<int64_t>(sizeof(S));
   }
   // Over G * V.
   static void pack(const SoftEmbedding& s, void* packed, int64_t begin, int64_t end) {
-    const int64_t wide = padded<T>(s.width), columns = panel_width<T>(s.width);
+    const int64_t wide = padded<S>(s.width), columns = panel_width<S>(s.width);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t group = i / s.vocabulary, v = i % s.vocabulary;
       const int64_t source = group * s.codebook_stride[0] + v * s.codebook_stride[1];
       for (int64_t d0 = 0; d0 < wide; d0 += columns) {
-        T* out = static_cast<T*>(packed) + (group * wide + d0) * s.vocabulary + v * columns;
+        S* out = static_cast<S*>(packed) + (group * wide + d0) * s.vocabulary + v * columns;
         const int64_t count = smaller(columns, s.width - d0);
         read_codebook(s, source, d0, count, out);
-        for (int64_t d = count; d < columns; ++d) out[d] = T(0);
+        for (int64_t d = count; d < columns; ++d) out[d] = S(0);
       }
     }
   }
@@ -66,25 +65,22 @@ class WideProduct {
 
   // Two vectors of row m of p~; returns their sum, as the product takes them.
   SOFTDIMO_ALWAYS_INLINE Vec<T> put(int64_t m, int64_t v, Vec<T> first, Vec<T> second) {
-    store(p_.get() + m * kRow + v, first);
-    store(p_.get() + m * kRow + v + kLanes<T>, second);
+    store_as<S, T>(p_.get() + m * kRow + v, first);
+    store_as<S, T>(p_.get() + m * kRow + v + kLanes<T>, second);
     return first + second;
   }
 
   void multiply(int64_t rows, int64_t group, int64_t first, int64_t entries, S* c, int64_t c_row, Prefetch* ahead) {
-    const int64_t wide = padded<T>(s_.width), columns = panel_width<T>(s_.width);
-    const T* codebook = static_cast<const T*>(s_.packed_codebook) + group * wide * s_.vocabulary + first * columns;
-    const S* table = in_type<S>(codebook, entries, wide, columns, table_copy_.get());
-    const S* p = in_type<S>(p_.get(), rows, entries, kRow, p_copy_.get());
-    const int64_t panel = sizeof(S) == sizeof(T) ? s_.vocabulary * columns : panel_width<S>(s_.width);
-    gemm<S>(rows, wide, entries, {p, kRow, 1}, table, panel, columns, c, c_row, first > 0, ahead);
+    const int64_t wide = padded<S>(s_.width), columns = panel_width<S>(s_.width);
+    const S* codebook = static_cast<const S*>(s_.packed_codebook) + group * wide * s_.vocabulary + first * columns;
+    gemm<S>(rows, wide, entries, {p_.get(), kRow, 1}, codebook, s_.vocabulary * columns, columns, c, c_row, first > 0,
+            ahead);
   }
 
  private:
   static constexpr int64_t kRow = kVocabularyChunk + kPad;
   const SoftEmbedding& s_;
-  const Scratch<T> p_;
-  const Scratch<S> p_copy_, table_copy_;
+  const Scratch<S> p_;
 };
 
 #ifdef __AVX512BF16__
@@ -249,23 +245,25 @@ void write_mask_row(const Forward& f, int64_t row) {
   for (int64_t d = 0; d < s.width; ++d) static_cast<T*>(f.soft)[row * s.width + d] = T(0);
 }
 
+// The soft value is computed where it is kept: in `soft`, or in an output of its type. e: scratch.
 template <class T, class S>
 void write_soft_row(const Forward& f, int64_t row, const Running<T>& run, const S* c, T* e) {
   const SoftEmbedding& s = f.call;
+  const bool is_output = f.soft == nullptr && !f.hard;  // then the codebook's type is T
+  T* wide = static_cast<T*>(is_output ? f.output : f.soft) + row * s.width;
   const T sum = lane_sum<T>(run.sum);
   const S scale = S(1) / static_cast<S>(sum);
-  for (int64_t d = 0; d < s.width; ++d) e[d] = static_cast<T>(c[d] * scale);
+  for (int64_t d = 0; d < s.width; ++d) wide[d] = static_cast<T>(c[d] * scale);
   f.row_max[row] = static_cast<double>(run.top.high) + static_cast<double>(run.top.low);
   static_cast<T*>(f.row_sum)[row] = sum;
-  if (f.soft != nullptr) {
-    for (int64_t d = 0; d < s.width; ++d) static_cast<T*>(f.soft)[row * s.width + d] = e[d];
-  }
-  // sum is NaN exactly where the row holds no distribution; then e says so.
-  if (f.hard && sum > T(0)) {
+  if (is_output) return;
+  // sum is NaN exactly where the row holds no distribution; then the soft value says so.
+  const bool picks = f.hard && sum > T(0);
+  if (picks) {
     const int64_t source = row % s.groups * s.codebook_stride[0] + run.top_at * s.codebook_stride[1];
     read_codebook(s, source, 0, s.width, e);
   }
-  narrow(e, s.width, f.output, s.codebook_type, row * s.width);
+  narrow(picks ? e : wide, s.width, f.output, s.codebook_type, row * s.width);
 }
 
 // The rows of one task.

@@ -176,23 +176,24 @@ SOFTDIMO_ALWAYS_INLINE Table group_table(const SoftEmbedding& s, int64_t group) 
 // ---------------------------------------------------------------------------------------------------
 // sums in S: double where the codebook is narrow (sums_in_double), else T
 
-// A matrix in S: itself, or a copy with the same stride between rows.
+// Stores a vector as S.
 template <class S, class T>
-SOFTDIMO_ALWAYS_INLINE const S* in_type(const T* source, int64_t rows, int64_t columns, int64_t row, S* copy) {
+SOFTDIMO_ALWAYS_INLINE void store_as(S* out, Vec<T> v) {
   if constexpr (sizeof(S) == sizeof(T)) {
-    return source;
+    store(out, v);
   } else {
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < columns; ++j) copy[i * row + j] = static_cast<S>(source[i * row + j]);
-    }
-    return copy;
+    typedef T Half __attribute__((vector_size(SOFTDIMO_SIMD_BYTES / 2), aligned(alignof(T)), may_alias));
+    T lanes[kLanes<T>];
+    store(lanes, v);
+    store(out, __builtin_convertvector(*reinterpret_cast<const Half*>(lanes), Vec<S>));
+    store(out + kLanes<S>, __builtin_convertvector(*reinterpret_cast<const Half*>(lanes + kLanes<S>), Vec<S>));
   }
 }
 
-// Elements of the copy that in_type needs.
+// n elements as S; the vectors of the last ones may reach beyond them.
 template <class S, class T>
-constexpr int64_t copy_size(int64_t count) {
-  return sizeof(S) == sizeof(T) ? 0 : count;
+SOFTDIMO_ALWAYS_INLINE void copy_as(const T* source, int64_t n, S* out) {
+  for (int64_t i = 0; i < n; i += kLanes<T>) store_as<S, T>(out + i, load(source + i));
 }
 
 }  // namespace softdimo::cpu::SOFTDIMO_ISA

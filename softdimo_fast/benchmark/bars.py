@@ -132,7 +132,7 @@ def _masked_attention() -> Iterator[Bar]:
                 )  # fmt: skip
     for dtype in ("float32", "bfloat16"):
         for phase in ("forward", "both"):
-            # "Never slower": the same call, whose ratio is 1 but for noise.
+            # "Never slower": where it is the same call, the ratio is 1 but for noise.
             yield _bar(
                 "masked_attention", "attention", dtype, phase, 0.97, variant="dense", against=SDPA
             )

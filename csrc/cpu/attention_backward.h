@@ -71,17 +71,22 @@ void weigh_again(T* scores, const T* dweights, int64_t row, int64_t keys, T scal
   const Vec<T> top = load(x.top + query), inverse = load(x.inverse + query);
   const auto dominated = inverse > T(0.5);
   Vec<T> shift = load(x.shift + query), total = load(x.total + query), mass = load(x.mass + query);
-  for (int64_t j = 0; j < keys; ++j) {
-    const Vec<T> score = load(scores + j * row), s = P::scaled(score, scale);
-    const Vec<T> p = P::weight(score, scale, top) * inverse;
-    store(scores + j * row, p);
-    if (!sums) continue;
-    const Vec<T> slope = load(dweights + j * row);
-    const auto peak = (s == top) & dominated;
-    const Vec<T> other = peak ? Vec<T>{} : p;
-    shift = peak ? slope : shift;
-    total += other * slope;
-    mass += other;
+  for (int64_t begin = 0; begin < keys; begin += kKeysPerSum) {
+    Vec<T> part{}, part_mass{};
+    for (int64_t j = begin; j < smaller(begin + kKeysPerSum, keys); ++j) {
+      const Vec<T> score = load(scores + j * row), s = P::scaled(score, scale);
+      const Vec<T> p = P::weight(score, scale, top) * inverse;
+      store(scores + j * row, p);
+      if (!sums) continue;
+      const Vec<T> slope = load(dweights + j * row);
+      const auto peak = (s == top) & dominated;
+      const Vec<T> other = peak ? Vec<T>{} : p;
+      shift = peak ? slope : shift;
+      part += other * slope;
+      part_mass += other;
+    }
+    total += part;
+    mass += part_mass;
   }
   store(x.shift + query, shift);
   store(x.total + query, total);

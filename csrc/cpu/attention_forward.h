@@ -58,11 +58,15 @@ void weigh(const T* scores, int64_t row, int64_t keys, T scale, const typename P
   best = second > best ? second : best;
   const Vec<T> shift = best == T(-HUGE_VAL) ? Vec<T>{} : best;  // no score above -inf yet: all weights are zero
   Vec<T> total{};
-  for (int64_t j = 0; j < keys; j += 2) {
-    const bool both = j + 1 < keys;
-    const Vec<T> even = P::weight(load(scores + j * row), scale, shift);
-    const Vec<T> odd = both ? P::weight(load(scores + (j + 1) * row), scale, shift) : Vec<T>{};
-    total += weights.template put<false, true>(j, query, even, odd, both);
+  for (int64_t begin = 0; begin < keys; begin += kKeysPerSum) {
+    Vec<T> part{};
+    for (int64_t j = begin; j < smaller(begin + kKeysPerSum, keys); j += 2) {
+      const bool both = j + 1 < keys;
+      const Vec<T> even = P::weight(load(scores + j * row), scale, shift);
+      const Vec<T> odd = both ? P::weight(load(scores + (j + 1) * row), scale, shift) : Vec<T>{};
+      part += weights.template put<false, true>(j, query, even, odd, both);
+    }
+    total += part;
   }
   const Vec<T> factor = exp_nonpositive(load(top) - shift);
   store(sum, load(sum) * factor + total);

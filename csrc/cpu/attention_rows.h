@@ -21,6 +21,9 @@ struct Block {
   int64_t width;
 };
 
+// Sums over keys take this many at a time: one long chain would round each term at the size of the whole.
+constexpr int64_t kKeysPerSum = 16;
+
 // Even parts of `count` in steps of 32, none larger than `most`.
 struct Parts {
   int64_t count, size;

@@ -156,11 +156,20 @@ struct Slice {
 template <class T, class S, bool Half>
 void read_logits(const LinearBackward& b, const Slice<T, S, Half>& slice) {
   const LinearSoftEmbedding& s = b.call;
-  for (int64_t m = 0; m < padded<T>(b.count); ++m) {
-    const bool present = m < b.count;
-    const int64_t row = present ? b.position[m] * s.groups + slice.group : 0;
-    const T* in = static_cast<const T*>(b.logits) + row * s.vocabulary + slice.first;
-    for (int64_t v = 0; v < slice.count; ++v) slice.p[v * b.stride + m] = present ? in[v] : T(0);
+  constexpr int kLane = kLanes<T>;
+  Vec<T> block[kLane];
+  for (int64_t m = 0; m < b.count; m += kLane) {
+    for (int64_t v = 0; v < slice.count; v += kLane) {
+      const int64_t n = smaller(kLane, slice.count - v);
+      std::memset(block, 0, sizeof block);
+      for (int64_t i = 0; i < smaller(kLane, b.count - m); ++i) {
+        const int64_t row = b.position[m + i] * s.groups + slice.group;
+        const T* in = static_cast<const T*>(b.logits) + row * s.vocabulary + slice.first + v;
+        std::memcpy(block + i, in, static_cast<size_t>(n) * sizeof(T));
+      }
+      transpose<T>(block);
+      for (int64_t i = 0; i < n; ++i) store(slice.p + (v + i) * b.stride + m, block[i]);
+    }
   }
 }
 

@@ -58,9 +58,18 @@ template <class T>
 void keep_logits(const LinearForward& f, int64_t group, const int64_t* rows, int64_t count, int64_t first, int64_t n,
                  const T* z, int64_t z_row) {
   if (f.logits == nullptr) return;
-  for (int64_t m = 0; m < count; ++m) {
-    T* out = static_cast<T*>(f.logits) + (rows[m] * f.call.groups + group) * f.call.vocabulary + first;
-    for (int64_t v = 0; v < n; ++v) out[v] = z[v * z_row + m];
+  constexpr int kLane = kLanes<T>;
+  Vec<T> block[kLane];
+  for (int64_t m = 0; m < count; m += kLane) {
+    for (int64_t v = 0; v < n; v += kLane) {
+      for (int64_t i = 0; i < kLane; ++i) block[i] = i < n - v ? load(z + (v + i) * z_row + m) : Vec<T>{};
+      transpose<T>(block);
+      const size_t bytes = static_cast<size_t>(smaller(kLane, n - v)) * sizeof(T);
+      for (int64_t i = 0; i < smaller(kLane, count - m); ++i) {
+        const int64_t row = rows[m + i] * f.call.groups + group;
+        std::memcpy(static_cast<T*>(f.logits) + row * f.call.vocabulary + first + v, block + i, bytes);
+      }
+    }
   }
 }
 

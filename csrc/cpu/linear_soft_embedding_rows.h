@@ -10,6 +10,7 @@
 #include "scratch.h"
 #include "simd.h"
 #include "softdimo/linear_soft_embedding.h"
+#include "transpose.h"
 
 namespace softdimo::cpu::SOFTDIMO_ISA {
 namespace {

@@ -101,7 +101,8 @@ def linear_soft_embedding(
             take at most 4 MiB for each thread beyond what they return and the wide sums of the
             gradients to weight, codebook and bias. ``"keep"`` holds all logits, in float32 or
             wider, from forward to backward, which saves backward one product and, with up to
-            32 MiB of scratch, many passes over weight and codebook: it is the faster one.
+            32 MiB of scratch, many passes over weight and codebook: the faster one at large
+            vocabularies, about as fast at V = 1024.
             ``"auto"`` keeps them when they take at most 256 MiB. Where no input requires a
             gradient nothing is kept. The choice does not change a bit of the results.
         precision: ``"default"`` or ``"high"``. By default the C++ backend multiplies in bfloat16,

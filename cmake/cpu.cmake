@@ -54,7 +54,8 @@ add_library(softdimo_cpu MODULE csrc/ops.cpp ${bindings} csrc/cpu/isa.cpp)
 softdimo_torch_library(softdimo_cpu _cpu)
 target_include_directories(softdimo_cpu PRIVATE csrc)
 target_link_libraries(softdimo_cpu PRIVATE torch_cpu)
-target_compile_options(softdimo_cpu PRIVATE -Wall -Wextra)
+# Error messages name the source file: below this folder, not where it was built.
+target_compile_options(softdimo_cpu PRIVATE -Wall -Wextra "-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=")
 
 foreach(isa IN LISTS isas)
   set(kernel_sources ${product_sources})

@@ -53,7 +53,7 @@ string(REPLACE ";" " " archs "${archs}")
 add_library(softdimo_cuda MODULE csrc/bind_cuda.cpp $<TARGET_OBJECTS:softdimo_cuda_kernels>)
 softdimo_torch_library(softdimo_cuda _cuda)
 target_compile_definitions(softdimo_cuda PRIVATE "SOFTDIMO_CUDA_ARCHS=\"${archs}\"")
-target_compile_options(softdimo_cuda PRIVATE -Wall -Wextra)
+target_compile_options(softdimo_cuda PRIVATE -Wall -Wextra "-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=")
 target_include_directories(softdimo_cuda SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
 set_target_properties(softdimo_cuda PROPERTIES LINKER_LANGUAGE CXX)
 # libtorch (not only libtorch_cpu) must be needed, or the current-stream symbol stays null on a CUDA torch. The CUDA

@@ -146,6 +146,8 @@ def require_truncation(operator: str, top_k: object, top_p: object) -> None:
             raise TypeError(f"{operator}: top_k must be an int or None, got {type(top_k).__name__}")
         if top_k < 1:
             raise ValueError(f"{operator}: top_k must be at least 1, got {top_k}")
+        if top_k >= 2**63:
+            raise ValueError(f"{operator}: top_k must fit int64, got {top_k}")
     if top_p is not None:
         require_number(operator, "top_p", top_p)
         if not 0 < top_p <= 1:  # type: ignore[operator]

@@ -161,6 +161,7 @@ def test_vmap_and_jvp_raise_clearly(backend: str) -> None:
         ({"temperature": "1"}, TypeError, "temperature must be a float, got str"),
         ({"temperature": torch.ones(5)}, ValueError, "temperature must broadcast to the rows"),
         ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+        ({"top_k": 2**63}, ValueError, "top_k must fit int64, got 9223372036854775808"),
         ({"top_k": 1.5}, TypeError, "top_k must be an int or None, got float"),
         ({"top_p": 0.0}, ValueError, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, ValueError, r"top_p must be in \(0, 1\], got 1.5"),

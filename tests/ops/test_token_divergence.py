@@ -606,6 +606,16 @@ def test_broken_rows_stay_alone(backend: str, options: dict[str, Any], which: in
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_broken_row_of_one_entry(backend: str, value: float) -> None:
+    model = torch.tensor([[0.2]], requires_grad=True)
+    found = token_divergence(torch.tensor([[value]]), model, backend=backend)
+    (gradient,) = torch.autograd.grad(found, model)
+    assert bool(found.isnan())
+    assert bool(gradient.isnan().all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("garbage", [torch.nan, INF, -INF])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_uncounted_rows_are_never_read(backend: str, garbage: float, reduction: str) -> None:

@@ -184,6 +184,14 @@ def test_bad_temperature_rows() -> None:
                 assert_same_bits(statistic[:1], clean[:1])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infinite_temperature_rows_are_flat_over_what_is_there(backend: str) -> None:
+    logits = torch.tensor([[1.0, -torch.inf, 3.0], [0.0, 1.0, 2.0]])
+    found = token_statistics(logits, temperature=torch.full((2,), torch.inf), backend=backend)
+    torch.testing.assert_close(found.entropy, torch.tensor([2.0, 3.0]).log())
+    torch.testing.assert_close(found.max_prob, torch.tensor([1 / 2, 1 / 3]))
+
+
 @pytest.mark.parametrize("shape", [(1,), (0, 5), (3, 0, 2), (1, 1)])
 def test_small_shapes(shape: tuple[int, ...]) -> None:
     logits = torch.randn(shape)

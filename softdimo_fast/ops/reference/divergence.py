@@ -180,7 +180,7 @@ def gradient_to_q(pair: Pair, forward_weight: float, reverse_weight: float) -> T
         # An infinite divergence has no such gradient: inf - inf, over the whole row.
         mean = torch.where(mean == torch.inf, torch.nan, mean)
         gradient = gradient - reverse_weight * (pair.q * (pair.log_ratio + mean))
-    dominant = pair.q > 0.5
+    dominant = (pair.q > 0.5) & ~gradient.isnan()  # a row of one entry must not lose its NaN
     others = torch.where(dominant, 0.0, gradient)
     return torch.where(dominant, -others.sum(dim=-1, keepdim=True), gradient)
 

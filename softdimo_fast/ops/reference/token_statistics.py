@@ -27,6 +27,8 @@ def token_statistics(
     dtype = compute_dtype(logits, row_temperature)
     z = logits.to(dtype)
     t = temperature_divisor(temperature, row_temperature, dtype)
+    if isinstance(t, Tensor):
+        t = t.clamp(max=torch.finfo(dtype).max)  # an infinite one would make NaN of absent entries
     top = z.amax(dim=-1, keepdim=True)
     shifted = (z - top) / t
     weight = torch.exp(shifted)

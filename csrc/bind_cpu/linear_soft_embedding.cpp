@@ -104,7 +104,8 @@ struct TableSums {
   Tensor result, sums;
   int64_t row = 0;
 
-  TableSums(bool wanted, const Tensor& table, ScalarType type) : result(nothing(table)), sums(nothing(table)) {
+  TableSums(bool wanted, const Tensor& table, ScalarType type, const Tensor& like)
+      : result(nothing(like)), sums(nothing(like)) {
     if (!wanted) return;
     row = round_up(table.size(-1), kRowUnit);
     result = output(table, leading_shape(table, 0), table.scalar_type());
@@ -275,8 +276,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_soft_embedding
   job.call = s;
 
   Tensor dhidden = wanted[0] ? output(hidden, leading_shape(hidden, 0), hidden.scalar_type()) : nothing(hidden);
-  TableSums dweight(wanted[1], weight, prepared.compute);
-  TableSums dcodebook(wanted[2], codebook, sums_in_double(s) ? ScalarType::Double : prepared.compute);
+  TableSums dweight(wanted[1], weight, prepared.compute, hidden);
+  TableSums dcodebook(wanted[2], codebook, sums_in_double(s) ? ScalarType::Double : prepared.compute, hidden);
   const BiasSums dbias(wanted[3] && bias.has_value(), prepared, bias, job);
   const bool wants_temperature = wanted[4] && row_temperature.has_value();
   Tensor slopes = torch::stable::new_zeros(hidden, {wants_temperature ? rows : 0}, prepared.compute);

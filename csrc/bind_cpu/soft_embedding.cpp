@@ -270,7 +270,7 @@ Gradients run_backward(Prepared& prepared, const Tensor& upstream, const Tensor&
   const ScalarType sums = sums_in_double(s) ? ScalarType::Double : compute;
   const bool in_place = cut.splits == 1 && codebook.scalar_type() == sums;  // nothing left to reduce
   Gradients out{wants_logits ? output(logits, leading_shape(logits, 0), logits.scalar_type()) : nothing(logits),
-                nothing(codebook), torch::stable::new_empty(logits, {wants_temperature ? s.rows : 0}, compute)};
+                nothing(logits), torch::stable::new_empty(logits, {wants_temperature ? s.rows : 0}, compute)};
   if (wants_codebook) {
     out.dcodebook = in_place ? output(codebook, leading_shape(codebook, 0), sums)
                              : output(logits, {cut.splits, s.groups, s.vocabulary, s.width}, sums);
@@ -317,7 +317,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> soft_embedding_backward(
   const Tensor upstream = torch::stable::contiguous(torch::stable::to(grad, codebook.scalar_type()));
   const bool wants_temperature = wanted[2] && row_temperature.has_value();
   Tensor dtemperature = nothing(logits), dmask = nothing(logits);
-  Gradients found{nothing(logits), nothing(codebook), nothing(logits)};
+  Gradients found{nothing(logits), nothing(logits), nothing(logits)};
   if (wanted[0] || wanted[1] || wants_temperature) {
     found = run_backward(prepared, upstream, logits, codebook, saved, wanted[0], wanted[1], wants_temperature);
   }

@@ -145,7 +145,11 @@ struct Scale {
 template <class T>
 SOFTDIMO_ALWAYS_INLINE Scale<T> scale_of(double logit, double temperature) {
   const T top = static_cast<T>(logit);
-  const double most = sizeof(T) == 8 ? 1.7e308 : 3.4e38, far = static_cast<double>(kFar<T>) * temperature;
+  const double most = sizeof(T) == 8 ? 1.7e308 : 3.4e38;
+  // Nothing finite is told apart above most / 100, and there an absent entry would come out within reach of exp.
+  temperature = temperature > most / 100 ? most / 100 : temperature;
+  if (static_cast<T>(temperature) == T(0)) temperature = NAN;  // as in the other operators
+  const double far = static_cast<double>(kFar<T>) * temperature;
   const double inverse = 1 / temperature;
   const T least = static_cast<T>(far > most ? -most : -far);
   if (inverse > most) return {top, static_cast<T>(most), T(0), least};

@@ -98,8 +98,8 @@ def linear_soft_embedding(
             ``mask_embedding``, its hidden is never read and gets zero gradient.
         mask_embedding: ``[D]`` or ``[G, D]``; required with ``mask``, an error without.
         memory: ``"recompute"`` never holds more than a slice of the logits: forward and backward
-            take at most 4 MiB for each thread beyond what they return and the wide sums of the
-            gradients to weight, codebook and bias. ``"keep"`` holds all logits, in float32 or
+            take at most 4 MiB for each thread (for V to 20,000 and H to 8,000) beyond what they
+            return and the wide sums of the gradients to weight, codebook and bias. ``"keep"`` holds all logits, in float32 or
             wider, from forward to backward, which saves backward one product and, with up to
             32 MiB of scratch, many passes over weight and codebook: the faster one at large
             vocabularies, about as fast at V = 1024.
@@ -113,7 +113,8 @@ def linear_soft_embedding(
 
     Returns:
         ``[..., D]`` (grouped ``[..., G, D]``) in the codebook's dtype, contiguous. A row whose
-        logits hold NaN, +inf or nothing but -inf gives NaN.
+        logits hold NaN, +inf or nothing but -inf gives NaN. Backward may need it: add to it, do not
+        change it in place.
 
     Gradients go to hidden, weight, codebook, bias, a temperature tensor and mask_embedding, each
     only when required. A second derivative (eager only) holds all logits.

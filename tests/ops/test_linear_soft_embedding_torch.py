@@ -93,6 +93,23 @@ def test_opcheck_of_the_kernel(requires_grad: bool) -> None:
     )
 
 
+def test_unwanted_gradients_of_mixed_dtypes_have_one_fake() -> None:
+    """What is empty has hidden's dtype in the kernel and in its fake."""
+    hidden, weight, codebook = (
+        torch.randn(4, 5),
+        torch.randn(9, 5).bfloat16(),
+        torch.randn(9, 3).double(),
+    )
+    arguments = (hidden, weight, codebook, None, 1.0, None, None, None, False)
+    output, _, *rest, _ = torch.ops.softdimo.linear_soft_embedding(*arguments, STATISTICS)
+    for first in (0, 1, 2):
+        wanted = [i == first for i in range(6)]
+        torch.library.opcheck(
+            torch.ops.softdimo.linear_soft_embedding_backward.default,
+            (torch.ones_like(output), *arguments, None, *rest, output, wanted),
+        )
+
+
 @pytest.mark.parametrize(
     ("name", "memory"), [("plain", "auto"), ("positions", "keep"), ("grouped", "recompute")]
 )

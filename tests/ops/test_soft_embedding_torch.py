@@ -224,6 +224,18 @@ def test_opcheck_backward(grouped: bool) -> None:
         )
 
 
+def test_unwanted_gradients_of_mixed_dtypes_have_one_fake() -> None:
+    """What is empty has the logits' dtype in the kernel and in its fake."""
+    logits, codebook = torch.randn(4, 9).bfloat16(), torch.randn(9, 3).double()
+    inputs = (logits, codebook, 1.0, *[None] * 7, False)
+    value, top, total, _, threshold, last = torch.ops.softdimo.soft_embedding(*inputs, False)
+    for wanted in ([True, False, False, False], [False, True, False, False]):
+        torch.library.opcheck(
+            torch.ops.softdimo.soft_embedding_backward,
+            (torch.ones_like(value), *inputs, top, total, value, threshold, last, wanted),
+        )
+
+
 def test_autocast_casts_the_codebook_and_reads_logits_as_they_are() -> None:
     logits, codebook, embedding = torch.randn(5, 40), torch.randn(40, 6), torch.randn(6)
     mask = torch.tensor([True, False, False, True, False])

@@ -606,6 +606,19 @@ def test_broken_rows_stay_alone(backend: str, options: dict[str, Any], which: in
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_extreme_temperature_is_the_flat_law(backend: str, dtype: torch.dtype) -> None:
+    """Absent entries weigh nothing there either."""
+    teacher, model = torch.randn(4, 6).to(dtype), torch.randn(4, 6).to(dtype)
+    teacher[0, 2] = model[0, 2] = -INF
+    flat = torch.where(teacher == -INF, teacher, 0.0)
+    for temperature in (1e30, 1e37):
+        found = token_divergence(teacher, model, teacher_temperature=temperature, backend=backend)
+        expected = token_divergence(flat, model, backend="reference")
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_broken_row_of_one_entry(backend: str, value: float) -> None:
     model = torch.tensor([[0.2]], requires_grad=True)

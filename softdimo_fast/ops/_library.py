@@ -54,6 +54,14 @@ def cpu_vector_isa() -> str:
     return next(isa for isa in isas[isas.index(cpu_isa()) :] if not isa.endswith("-bf16"))
 
 
+def has_tiles() -> bool:
+    """Whether bfloat16 is multiplied in AMX tiles; a wrong SOFTDIMO_CPU_ISA is left to the first kernel."""
+    try:
+        return cpu_isa() == "amx-bf16"
+    except RuntimeError:
+        return False
+
+
 def compiled_cpu_isas() -> list[str]:
     """The instruction sets compiled into this build, best first."""
     return str(torch.ops.softdimo.compiled_cpu_isas()).split()

@@ -19,7 +19,7 @@ NAME = "masked_attention"
 SDPA = "sdpa"
 
 # With tile registers our kernel multiplies bfloat16 faster than torch's does, masked or not.
-_HAS_TILES = _library.cpu_isa() == "amx-bf16"
+_HAS_TILES = _library.has_tiles()
 
 
 class _Call(NamedTuple):

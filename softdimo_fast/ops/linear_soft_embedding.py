@@ -99,10 +99,10 @@ def linear_soft_embedding(
         mask_embedding: ``[D]`` or ``[G, D]``; required with ``mask``, an error without.
         memory: ``"recompute"`` never holds more than a slice of the logits: forward and backward
             take at most 4 MiB for each thread (for V to 20,000 and H to 8,000) beyond what they
-            return and the wide sums of the gradients to weight, codebook and bias. ``"keep"`` holds all logits, in float32 or
-            wider, from forward to backward, which saves backward one product and, with up to
-            32 MiB of scratch, many passes over weight and codebook: the faster one at large
-            vocabularies, about as fast at V = 1024.
+            return and the wide sums of the gradients to weight, codebook and bias. ``"keep"`` holds
+            all logits, in float32 or wider, from forward to backward, which saves backward one
+            product and, with up to 32 MiB of scratch, many passes over weight and codebook: the
+            faster one at large vocabularies, about as fast at V = 1024.
             ``"auto"`` keeps them when they take at most 256 MiB. Where no input requires a
             gradient nothing is kept. The choice does not change a bit of the results.
         precision: ``"default"`` or ``"high"``. By default the C++ backend multiplies in bfloat16,

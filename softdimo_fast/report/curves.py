@@ -22,6 +22,10 @@ SVG = "http://www.w3.org/2000/svg"
 LINK = "{http://www.w3.org/1999/xlink}href"
 # Units of the drawing; a page shows it at about this many CSS pixels, so text keeps its size.
 WIDTH, HEIGHT, TEXT = 340, 190, 12.5
+# The axes in it, as shares: left, bottom, width, height. Left grows with what stands there.
+AXES = (0.15, 0.15, 0.79, 0.79)
+# A digit's width in any of the page's fonts, and the gap between a label and its axis.
+DIGIT, GAP = 0.62 * TEXT, 5
 # More points than this are not seen at that width: longer logs are averaged in groups.
 POINTS = 120
 # Logged for the record, not for a curve.
@@ -175,8 +179,9 @@ def draw(points: Sequence[tuple[float, float]], prefix: str) -> str:
     # A Figure of its own, not pyplot: no window system, nothing left behind in global state.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix, "font.size": TEXT}):
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
-        axes = figure.add_axes((0.15, 0.15, 0.79, 0.79))
+        axes = figure.add_axes(AXES)
         _plot(axes, points)
+        _make_room(axes)
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _inline(buffer.getvalue(), prefix)
 
@@ -202,9 +207,20 @@ def _plot(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     axes.grid(axis="y", color=RULE, linewidth=1)
     axes.set_axisbelow(True)
-    axes.tick_params(length=0, pad=5, labelcolor=TICK)
+    axes.tick_params(length=0, pad=GAP, labelcolor=TICK)
     for spine in axes.spines.values():
         spine.set_visible(False)
+
+
+def _make_room(axes: Axes) -> None:
+    """Moves the axes to the right where their labels would stick out on the left."""
+    low, high = axes.get_ylim()
+    locations = [value for value in axes.get_yticks() if low <= value <= high]
+    labels = axes.yaxis.get_major_formatter().format_ticks(locations)
+    left, bottom, width, height = AXES
+    needed = (max(map(len, labels), default=0) * DIGIT + GAP) / WIDTH
+    if needed > left:
+        axes.set_position((needed, bottom, left + width - needed, height))
 
 
 def _inline(text: str, prefix: str) -> str:

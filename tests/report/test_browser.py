@@ -85,6 +85,19 @@ def test_long_words_do_not_widen_the_page(chromium: Page, tmp_path: Path) -> Non
     assert_nothing_sticks_out(chromium)
 
 
+def test_long_labels_of_an_axis_stay_on_the_page(chromium: Page, tmp_path: Path) -> None:
+    values = {"large": -3.3e5, "small": -1.35e-3}
+    logs = [
+        {"step": step, **{name: value * (1 + step / 500) for name, value in values.items()}}
+        for step in range(20)
+    ]
+    chromium.open(
+        write_report(tmp_path, dataclasses.replace(report_data(), logs={"one": logs})), *PHONE
+    )
+    chromium.run(OPEN_ALL)
+    assert_nothing_sticks_out(chromium)
+
+
 def test_the_checks_see_what_is_wrong(chromium: Page, tmp_path: Path) -> None:
     """The browser reports what these tests rely on it to report."""
     page = tmp_path / "wrong.html"

@@ -176,4 +176,5 @@ def _own(address: str, path: Path) -> bool:
 
 def assert_nothing_sticks_out(page: Page) -> None:
     assert page.run("return document.scrollingElement.scrollWidth <= innerWidth")
-    assert page.run(OVERFLOWING) == []
+    out = page.run(OVERFLOWING)
+    assert not out, f"at {page.run('return innerWidth')} pixels: {out}"

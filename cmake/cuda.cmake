@@ -28,7 +28,12 @@ set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 
-set(cuda_sources csrc/cuda/token_statistics.cu)
+# Kernels, and the binding of each operator.
+set(cuda_sources
+    csrc/cuda/token_statistics.cu)
+set(cuda_bindings
+    csrc/bind_cuda/library.cpp
+    csrc/bind_cuda/token_statistics.cpp)
 
 add_library(softdimo_cuda_kernels OBJECT ${cuda_sources})
 target_include_directories(softdimo_cuda_kernels PRIVATE csrc/include)
@@ -50,10 +55,11 @@ foreach(arch IN LISTS CMAKE_CUDA_ARCHITECTURES)
 endforeach()
 string(REPLACE ";" " " archs "${archs}")
 
-add_library(softdimo_cuda MODULE csrc/bind_cuda.cpp $<TARGET_OBJECTS:softdimo_cuda_kernels>)
+add_library(softdimo_cuda MODULE ${cuda_bindings} $<TARGET_OBJECTS:softdimo_cuda_kernels>)
 softdimo_torch_library(softdimo_cuda _cuda)
 target_compile_definitions(softdimo_cuda PRIVATE "SOFTDIMO_CUDA_ARCHS=\"${archs}\"")
 target_compile_options(softdimo_cuda PRIVATE -Wall -Wextra "-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=")
+target_include_directories(softdimo_cuda PRIVATE csrc)
 target_include_directories(softdimo_cuda SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
 set_target_properties(softdimo_cuda PROPERTIES LINKER_LANGUAGE CXX)
 # libtorch (not only libtorch_cpu) must be needed, or the current-stream symbol stays null on a CUDA torch. The CUDA

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "bind_cpu/tensors.h"
-#include "softdimo/divergence.h"
+#include "softdimo/cpu/divergence.h"
 
 namespace softdimo::cpu {
 

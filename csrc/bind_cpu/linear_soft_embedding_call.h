@@ -2,7 +2,7 @@
 #pragma once
 
 #include "bind_cpu/tensors.h"
-#include "softdimo/linear_soft_embedding.h"
+#include "softdimo/cpu/linear_soft_embedding.h"
 
 namespace softdimo::cpu {
 namespace {

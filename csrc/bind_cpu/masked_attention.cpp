@@ -1,7 +1,7 @@
 // masked_attention on CPUs: allocation, layout, threads.
 
 #include "bind_cpu/tensors.h"
-#include "softdimo/masked_attention.h"
+#include "softdimo/cpu/masked_attention.h"
 
 namespace softdimo::cpu {
 namespace {

@@ -1,6 +1,6 @@
 // masked_cross_entropy on CPUs: allocation, layout, threads, reduction.
 
-#include "softdimo/masked_cross_entropy.h"
+#include "softdimo/cpu/masked_cross_entropy.h"
 
 #include "bind_cpu/tensors.h"
 

@@ -1,6 +1,6 @@
 // sample_tokens on CPUs: allocation, layout, threads.
 
-#include "softdimo/sample_tokens.h"
+#include "softdimo/cpu/sample_tokens.h"
 
 #include "bind_cpu/tensors.h"
 

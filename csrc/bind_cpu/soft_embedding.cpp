@@ -1,7 +1,7 @@
 // soft_embedding on CPUs: allocation, layout, threads.
 
 #include "bind_cpu/tensors.h"
-#include "softdimo/soft_embedding.h"
+#include "softdimo/cpu/soft_embedding.h"
 
 namespace softdimo::cpu {
 namespace {

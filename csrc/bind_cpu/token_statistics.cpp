@@ -1,6 +1,6 @@
 // token_statistics on CPUs: allocation, layout, threads.
 
-#include "softdimo/cpu_token_statistics.h"
+#include "softdimo/cpu/token_statistics.h"
 
 #include "bind_cpu/tensors.h"
 

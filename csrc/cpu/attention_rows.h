@@ -1,7 +1,7 @@
 // Rows of [B, H, L, width] tensors: which take part, how they are read into scratch memory and written from it.
 #pragma once
 
-#include "softdimo/masked_attention.h"
+#include "softdimo/cpu/masked_attention.h"
 
 #include "gemm.h"
 #include "prefetch.h"

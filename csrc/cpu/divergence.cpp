@@ -23,7 +23,7 @@
 // with r from exact differences of logits. The rounding of c is taken back so that p - q sums to zero.
 // In a row with an entry > 1/2 the gradient of that entry is minus the sum of the others.
 
-#include "softdimo/divergence.h"
+#include "softdimo/cpu/divergence.h"
 
 #include "divergence_entry.h"
 

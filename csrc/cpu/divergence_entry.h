@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "simd.h"
-#include "softdimo/divergence.h"
+#include "softdimo/cpu/divergence.h"
 
 namespace softdimo::cpu::SOFTDIMO_ISA {
 

@@ -32,7 +32,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // the intrinsics' own undefined vectors (GCC 105593)
 #endif
 
-#include "softdimo/linear_soft_embedding.h"
+#include "softdimo/cpu/linear_soft_embedding.h"
 
 #include "linear_soft_embedding_backward.h"
 #include "linear_soft_embedding_forward.h"

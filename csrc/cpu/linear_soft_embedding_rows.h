@@ -9,7 +9,7 @@
 #include "gemm_bf16.h"
 #include "scratch.h"
 #include "simd.h"
-#include "softdimo/linear_soft_embedding.h"
+#include "softdimo/cpu/linear_soft_embedding.h"
 #include "transpose.h"
 
 namespace softdimo::cpu::SOFTDIMO_ISA {

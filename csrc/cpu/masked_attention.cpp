@@ -18,7 +18,7 @@
 // Nearly one-hot rows stay exact: max and sum are saved apart; where a weight exceeds 1/2, its own dp is subtracted from
 // the others before they are summed, so that its ds is minus the sum of the others.
 
-#include "softdimo/masked_attention.h"
+#include "softdimo/cpu/masked_attention.h"
 
 #include "attention_backward.h"
 #include "attention_bf16.h"

@@ -6,7 +6,7 @@
 // One read of the logits forward; one read and one write backward; N V exponentials each. In a row with p > 1/2 that
 // entry's gradient is minus the sum of the others: it is the row's maximum, and rest < 1 says that there is one.
 
-#include "softdimo/masked_cross_entropy.h"
+#include "softdimo/cpu/masked_cross_entropy.h"
 
 #include "row_statistics.h"
 

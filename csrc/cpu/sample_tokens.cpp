@@ -15,7 +15,7 @@
 //
 // The log-probability takes one more sweep: -log1p(sum over the others of p / p[token]), exact for p near 1.
 
-#include "softdimo/sample_tokens.h"
+#include "softdimo/cpu/sample_tokens.h"
 
 #include <cmath>
 

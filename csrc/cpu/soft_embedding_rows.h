@@ -7,7 +7,7 @@
 #include "pack_bf16.h"
 #include "random.h"
 #include "simd.h"
-#include "softdimo/soft_embedding.h"
+#include "softdimo/cpu/soft_embedding.h"
 #include "truncation.h"
 
 namespace softdimo::cpu::SOFTDIMO_ISA {

@@ -5,7 +5,7 @@
 //
 // No term of the entropy is negative: nothing cancels. One read of the logits, N V exponentials.
 
-#include "softdimo/cpu_token_statistics.h"
+#include "softdimo/cpu/token_statistics.h"
 
 #include "row_statistics.h"
 

@@ -18,18 +18,18 @@
 // sums is what keeps a row near one-hot precise: there l = 1 + rest with a tiny rest, log l = log1p(rest), and no two
 // numbers cancel. The sums are rescaled when a larger logit comes; the one it displaces joins the others.
 
-#include "softdimo/token_statistics.h"
+#include "softdimo/cuda/token_statistics.h"
 
 #include <cuda_runtime.h>
 
 #include <cmath>
 
-#include "softdimo/launch.h"
-#include "softdimo/ptx.cuh"
-#include "softdimo/row_reader.cuh"
-#include "softdimo/row_reduce.cuh"
+#include "softdimo/cuda/launch.h"
+#include "softdimo/cuda/ptx.cuh"
+#include "softdimo/cuda/row_reader.cuh"
+#include "softdimo/cuda/row_reduce.cuh"
 
-namespace softdimo {
+namespace softdimo::cuda {
 namespace {
 
 constexpr int kBlock = 128;
@@ -180,10 +180,8 @@ cudaError_t launch_for_vocabulary(const TokenStatisticsParams& p, cudaStream_t s
 }
 
 }  // namespace
-}  // namespace softdimo
 
-extern "C" int softdimo_token_statistics(const softdimo::TokenStatisticsParams* params, void* stream) {
-  using namespace softdimo;
+extern "C" int softdimo_token_statistics(const TokenStatisticsParams* params, void* stream) {
   const auto queue = static_cast<cudaStream_t>(stream);
   if (params->vocabulary < 1 || params->vocabulary > kMaxVocabulary) return cudaErrorInvalidValue;
   if (params->rows <= 0) return cudaSuccess;
@@ -198,3 +196,5 @@ extern "C" int softdimo_token_statistics(const softdimo::TokenStatisticsParams* 
       return cudaErrorInvalidValue;
   }
 }
+
+}  // namespace softdimo::cuda

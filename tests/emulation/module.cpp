@@ -1,37 +1,8 @@
-// Binds the emulated launchers for Python. Addresses come as integers, as the launchers take them: raw pointers.
+// The Python module of the emulator: its own switches, and the launchers that bind/ adds.
 
-#include <pybind11/pybind11.h>
-
-#include "cuda_emulation.h"
+#include "bind.h"
 #include "planted.h"
-#include "softdimo/token_statistics.h"
-
-namespace py = pybind11;
-
-namespace {
-
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// The logits of the rows that count, and nothing between or around them.
-bool is_counted_logit(const softdimo::TokenStatisticsParams& p, const void* address, int64_t bytes) {
-  const int64_t size = softdimo::size_of(p.dtype), pitch = p.row_stride * size;
-  const int64_t offset = static_cast<const char*>(address) - static_cast<const char*>(p.logits);
-  const int64_t row = pitch == 0 ? 0 : offset / pitch;
-  return offset >= 0 && row < p.rows && offset - row * pitch + bytes <= p.vocabulary * size &&
-         (p.mask == nullptr || pitch == 0 || p.mask[row * p.mask_stride] != 0);
-}
-
-int token_statistics(const softdimo::TokenStatisticsParams& params) {
-  const emulation::ReadGuard guard([&](const void* address, size_t bytes) {
-    return is_counted_logit(params, address, static_cast<int64_t>(bytes));
-  });
-  return softdimo_token_statistics(&params, nullptr);
-}
-
-}  // namespace
+#include "softdimo/dtype.h"
 
 PYBIND11_MODULE(softdimo_emulation, m) {
   py::enum_<softdimo::DType>(m, "DType")
@@ -47,31 +18,8 @@ PYBIND11_MODULE(softdimo_emulation, m) {
   m.def("launches", [] { return emulation::machine().launches; });
 
   m.def("run_planted", [](const std::string& name, uintptr_t input, uintptr_t output) {
-    run_planted(name, pointer<const float>(input), pointer<float>(output));
+    run_planted(name, emulation::pointer<const float>(input), emulation::pointer<float>(output));
   });
 
-  m.def(
-      "token_statistics",
-      [](uintptr_t logits, softdimo::DType dtype, int64_t rows, int64_t vocabulary, int64_t row_stride, uintptr_t mask,
-         int64_t mask_stride, uintptr_t row_temperature, int64_t row_temperature_stride, float temperature,
-         uintptr_t log_normalizer, uintptr_t entropy, uintptr_t max_prob) {
-        const softdimo::TokenStatisticsParams params{pointer<const void>(logits),
-                                                     dtype,
-                                                     rows,
-                                                     vocabulary,
-                                                     row_stride,
-                                                     pointer<const uint8_t>(mask),
-                                                     mask_stride,
-                                                     pointer<const float>(row_temperature),
-                                                     row_temperature_stride,
-                                                     temperature,
-                                                     pointer<float>(log_normalizer),
-                                                     pointer<float>(entropy),
-                                                     pointer<float>(max_prob)};
-        return token_statistics(params);
-      },
-      py::kw_only(), py::arg("logits"), py::arg("dtype"), py::arg("rows"), py::arg("vocabulary"),
-      py::arg("row_stride"), py::arg("mask") = 0, py::arg("mask_stride") = 0, py::arg("row_temperature") = 0,
-      py::arg("row_temperature_stride") = 0, py::arg("temperature") = 1.0f, py::arg("log_normalizer"),
-      py::arg("entropy"), py::arg("max_prob"));
+  for (const emulation::Bind bind : emulation::binds()) bind(m);
 }

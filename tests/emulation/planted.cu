@@ -5,7 +5,7 @@
 #include <map>
 #include <stdexcept>
 
-#include "softdimo/launch.h"
+#include "softdimo/cuda/launch.h"
 
 namespace {
 

@@ -71,9 +71,10 @@ def _common_fingerprint() -> bytes:
 def _object(source: Path, folder: Path, common: bytes) -> Path:
     """The object file of a source, named by all that it depends on."""
     digest = hashlib.sha256(common + source.read_bytes()).hexdigest()[:16]
-    target = folder / f"{source.stem}-{digest}.o"
+    name = f"{source.parent.name}-{source.stem}"
+    target = folder / f"{name}-{digest}.o"
     if not target.exists():
-        for old in folder.glob(f"{source.stem}-*.o"):
+        for old in folder.glob(f"{name}-*.o"):
             old.unlink()
         part = target.with_suffix(".part")
         _run([*_compiler(), "-c", "-x", "c++", str(source), "-o", str(part)])
@@ -87,6 +88,7 @@ def build() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / (NAME + sysconfig.get_config_var("EXT_SUFFIX"))
     sources = [EMULATION / "module.cpp", EMULATION / "planted.cu"]
+    sources += sorted((EMULATION / "bind").glob("*.cpp"))
     sources += sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

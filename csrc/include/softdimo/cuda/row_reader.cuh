@@ -20,7 +20,7 @@
 
 #include <cstdint>
 
-namespace softdimo {
+namespace softdimo::cuda {
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -117,4 +117,4 @@ class RowReader {
   const uint4* words_;  // that boundary
 };
 
-}  // namespace softdimo
+}  // namespace softdimo::cuda

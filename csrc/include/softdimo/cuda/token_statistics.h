@@ -3,9 +3,10 @@
 
 #include <cstdint>
 
+#include "softdimo/cuda/limits.h"
 #include "softdimo/dtype.h"
 
-namespace softdimo {
+namespace softdimo::cuda {
 
 // Row n has its logits at logits + n * row_stride, contiguous, its mask at mask + n * mask_stride and so on;
 // strides count elements and may be zero.
@@ -25,11 +26,8 @@ struct TokenStatisticsParams {
   float* max_prob;
 };
 
-// The largest vocabulary: column numbers are 32-bit.
-constexpr int64_t kMaxVocabulary = int64_t{1} << 30;
-
-}  // namespace softdimo
-
 // Queues the kernel on `stream` (a cudaStream_t) of the current device and returns cudaSuccess (0) or the error of
 // the launch. Neither allocates nor waits.
-extern "C" int softdimo_token_statistics(const softdimo::TokenStatisticsParams* params, void* stream);
+extern "C" int softdimo_token_statistics(const TokenStatisticsParams* params, void* stream);
+
+}  // namespace softdimo::cuda

@@ -1,7 +1,8 @@
-// CUDA implementations of the operators in ops.cpp: layout, allocation, device, stream, launch. The Python layer has
-// checked the arguments; what is checked here again is what memory safety rests on.
+// What every binding needs: device, stream, element types, layouts. The Python layer has checked the arguments; what
+// bindings check again is what memory safety rests on.
 //
-// No kernel waits for the device, and nothing here reads device memory, so every operator can be captured in a graph.
+// No kernel waits for the device, and no binding reads device memory, so every operator can be captured in a graph.
+#pragma once
 
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -17,13 +18,12 @@
 #include <tuple>
 #include <vector>
 
-#include "softdimo/token_statistics.h"
+#include "softdimo/dtype.h"
 
 // libtorch_cuda alone has it. Weak, so that this library links against, and loads into, a torch without CUDA.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace softdimo::cuda {
-namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -34,7 +34,7 @@ using Shape = std::vector<int64_t>;
 // ---------------------------------------------------------------------------------------------------
 // device
 
-void* current_stream(const Tensor& tensor) {
+inline void* current_stream(const Tensor& tensor) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                   "softdimo: the torch that is loaded has no CUDA");
   void* stream = nullptr;
@@ -43,18 +43,18 @@ void* current_stream(const Tensor& tensor) {
 }
 
 // `code` is what a launcher returned.
-void check_launch(const char* name, int code) {
+inline void check_launch(const char* name, int code) {
   STD_TORCH_CHECK(code == cudaSuccess, "softdimo::", name, ": the kernel was not launched: ",
                   cudaGetErrorName(static_cast<cudaError_t>(code)), ", ",
                   cudaGetErrorString(static_cast<cudaError_t>(code)));
 }
 
-void check_device(const char* name, const char* argument, const Tensor& tensor, const Tensor& logits) {
+inline void check_device(const char* name, const char* argument, const Tensor& tensor, const Tensor& logits) {
   STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == logits.get_device_index(), "softdimo::", name, ": ",
                   argument, " must be on the device of the logits");
 }
 
-DType dtype_of(const char* name, const char* argument, const Tensor& tensor) {
+inline DType dtype_of(const char* name, const char* argument, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return DType::float32;
@@ -71,13 +71,13 @@ DType dtype_of(const char* name, const char* argument, const Tensor& tensor) {
 // ---------------------------------------------------------------------------------------------------
 // layout
 
-Shape leading_shape(const Tensor& logits) {
+inline Shape leading_shape(const Tensor& logits) {
   Shape shape;
   for (int64_t i = 0; i + 1 < logits.dim(); ++i) shape.push_back(logits.size(i));
   return shape;
 }
 
-int64_t product(const Shape& shape) {
+inline int64_t product(const Shape& shape) {
   int64_t total = 1;
   for (int64_t size : shape) total *= size;
   return total;
@@ -96,7 +96,7 @@ struct RowList {
 
 // The stride of that list, where the leading dimensions step like one. The tensor broadcasts to `shape` after
 // `dropped` trailing dimensions are left out; a dimension along which it is expanded steps by zero.
-std::optional<int64_t> row_stride(const Tensor& tensor, const Shape& shape, int64_t dropped) {
+inline std::optional<int64_t> row_stride(const Tensor& tensor, const Shape& shape, int64_t dropped) {
   const int64_t missing = static_cast<int64_t>(shape.size()) - (tensor.dim() - dropped);
   std::optional<int64_t> stride;
   int64_t inner = 1;  // rows within one step of the dimension
@@ -114,7 +114,7 @@ std::optional<int64_t> row_stride(const Tensor& tensor, const Shape& shape, int6
 }
 
 // The logits' rows, each contiguous: the tensor itself, or one contiguous copy.
-RowList logits_rows(const Tensor& logits, const Shape& shape) {
+inline RowList logits_rows(const Tensor& logits, const Shape& shape) {
   if (logits.stride(-1) == 1 || logits.size(-1) == 1) {
     if (const auto stride = row_stride(logits, shape, 1)) return {logits, *stride};
   }
@@ -122,7 +122,7 @@ RowList logits_rows(const Tensor& logits, const Shape& shape) {
 }
 
 // One value per row from a tensor that broadcasts to the rows: the tensor itself, or a copy of `dtype`.
-RowList row_values(const char* name, const char* argument, const Tensor& tensor, const Shape& shape, ScalarType dtype) {
+inline RowList row_values(const char* name, const char* argument, const Tensor& tensor, const Shape& shape, ScalarType dtype) {
   const int64_t missing = static_cast<int64_t>(shape.size()) - tensor.dim();
   bool broadcasts = missing >= 0;
   for (int64_t i = 0; broadcasts && i < tensor.dim(); ++i) {
@@ -135,65 +135,5 @@ RowList row_values(const char* name, const char* argument, const Tensor& tensor,
   torch::stable::copy_(copy, values);
   return {copy, 1};
 }
-
-// ---------------------------------------------------------------------------------------------------
-// operators
-
-std::tuple<Tensor, Tensor, Tensor> token_statistics(const Tensor& logits, double temperature,
-                                                    const OptionalTensor& row_temperature, const OptionalTensor& mask) {
-  constexpr const char* kName = "token_statistics";
-  const DType dtype = dtype_of(kName, "logits", logits);
-  STD_TORCH_CHECK(logits.dim() >= 1 && logits.size(-1) >= 1 && logits.size(-1) <= kMaxVocabulary, "softdimo::", kName,
-                  ": logits must have shape [..., V] with 1 <= V <= 2^30");
-  const DeviceGuard guard(logits.get_device_index());
-  const Shape shape = leading_shape(logits);
-  const RowList rows = logits_rows(logits, shape);
-  std::optional<RowList> masks, temperatures;
-  if (mask.has_value()) {
-    check_device(kName, "mask", *mask, logits);
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "softdimo::", kName, ": mask must be bool");
-    masks = row_values(kName, "mask", *mask, shape, ScalarType::Bool);
-  }
-  if (row_temperature.has_value()) {
-    check_device(kName, "row_temperature", *row_temperature, logits);
-    temperatures = row_values(kName, "row_temperature", *row_temperature, shape, ScalarType::Float);
-  }
-  const auto output = [&] { return torch::stable::new_empty(logits, shape, ScalarType::Float); };
-  Tensor log_normalizer = output(), entropy = output(), max_prob = output();
-
-  TokenStatisticsParams params{};
-  params.logits = rows.data<void>();
-  params.dtype = dtype;
-  params.rows = product(shape);
-  params.vocabulary = logits.size(-1);
-  params.row_stride = rows.stride;
-  params.temperature = static_cast<float>(temperature);
-  if (masks.has_value()) {
-    params.mask = masks->data<uint8_t>();
-    params.mask_stride = masks->stride;
-  }
-  if (temperatures.has_value()) {
-    params.row_temperature = temperatures->data<float>();
-    params.row_temperature_stride = temperatures->stride;
-  }
-  params.log_normalizer = static_cast<float*>(log_normalizer.mutable_data_ptr());
-  params.entropy = static_cast<float*>(entropy.mutable_data_ptr());
-  params.max_prob = static_cast<float*>(max_prob.mutable_data_ptr());
-  check_launch(kName, softdimo_token_statistics(&params, current_stream(logits)));
-  return {log_normalizer, entropy, max_prob};
-}
-
-// As CMake was told: "sm_80 sm_90a compute_80".
-std::string compiled_cuda_archs() { return SOFTDIMO_CUDA_ARCHS; }
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(softdimo, m) { m.def("compiled_cuda_archs() -> str"); }
-
-STABLE_TORCH_LIBRARY_IMPL(softdimo, CompositeExplicitAutograd, m) {
-  m.impl("compiled_cuda_archs", TORCH_BOX(&compiled_cuda_archs));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(softdimo, CUDA, m) { m.impl("token_statistics", TORCH_BOX(&token_statistics)); }
 
 }  // namespace softdimo::cuda

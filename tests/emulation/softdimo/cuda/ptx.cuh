@@ -1,9 +1,9 @@
-// Twin of csrc/include/softdimo/ptx.cuh.
+// Twin of csrc/include/softdimo/cuda/ptx.cuh.
 #pragma once
 
 #include "cuda_runtime.h"
 
-namespace softdimo::ptx {
+namespace softdimo::cuda::ptx {
 
 // The device may be off by 2 ulp; this is always off, up or down by the argument's last bit, except at 0.
 inline float exp2_approx(float x) {
@@ -15,4 +15,4 @@ inline float exp2_approx(float x) {
 
 inline float max_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b); }
 
-}  // namespace softdimo::ptx
+}  // namespace softdimo::cuda::ptx

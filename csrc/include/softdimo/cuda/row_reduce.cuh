@@ -4,9 +4,9 @@
 #include <cstdint>
 #include <cstring>
 
-#include "softdimo/launch.h"
+#include "softdimo/cuda/launch.h"
 
-namespace softdimo {
+namespace softdimo::cuda {
 
 constexpr int kWarp = 32;
 
@@ -47,4 +47,4 @@ __device__ __forceinline__ Partial reduce_row(Partial partial, const Merge& merg
   return partial;
 }
 
-}  // namespace softdimo
+}  // namespace softdimo::cuda

@@ -1,7 +1,7 @@
-// The only header with PTX. Each wrapper has a twin of the same name in tests/emulation/softdimo/ptx.cuh.
+// The only header with PTX. Each wrapper has a twin of the same name in tests/emulation/softdimo/cuda/ptx.cuh.
 #pragma once
 
-namespace softdimo::ptx {
+namespace softdimo::cuda::ptx {
 
 // 2^x within 2 ulp in one instruction. Results below 2^-126 are zero; 2^0 is exactly 1.
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -17,4 +17,4 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
   return y;
 }
 
-}  // namespace softdimo::ptx
+}  // namespace softdimo::cuda::ptx

@@ -1,4 +1,4 @@
-// Twin of csrc/include/softdimo/launch.h.
+// Twin of csrc/include/softdimo/cuda/launch.h.
 #pragma once
 
 #include "cuda_runtime.h"

@@ -1,5 +1,5 @@
 // How kernels are launched and how they declare shared memory: through these macros alone, never <<< >>> or
-// __shared__ directly. tests/emulation/softdimo/launch.h gives the same names another meaning, so that the same
+// __shared__ directly. tests/emulation/softdimo/cuda/launch.h gives the same names another meaning, so that the same
 // source runs on a CPU, where shared memory is poisoned and every index is checked.
 #pragma once
 

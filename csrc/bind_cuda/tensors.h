@@ -1,57 +1,39 @@
-// What every binding needs: device, stream, element types, layouts. The Python layer has checked the arguments; what
-// bindings check again is what memory safety rests on.
+// What every binding needs: element types, layouts, errors. The Python layer has checked the arguments; what bindings
+// check again is what memory safety rests on.
 //
 // No kernel waits for the device, and no binding reads device memory, so every operator can be captured in a graph.
 #pragma once
 
-#include <cuda_runtime_api.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/shim_utils.h>
 
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "bind_cuda/device.h"
+#include "softdimo/cuda/limits.h"
 #include "softdimo/dtype.h"
-
-// libtorch_cuda alone has it. Weak, so that this library links against, and loads into, a torch without CUDA.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace softdimo::cuda {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using torch::stable::accelerator::DeviceGuard;
 using OptionalTensor = std::optional<Tensor>;
 using Shape = std::vector<int64_t>;
 
-// ---------------------------------------------------------------------------------------------------
-// device
-
-inline void* current_stream(const Tensor& tensor) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                  "softdimo: the torch that is loaded has no CUDA");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return stream;
-}
-
 // `code` is what a launcher returned.
 inline void check_launch(const char* name, int code) {
-  STD_TORCH_CHECK(code == cudaSuccess, "softdimo::", name, ": the kernel was not launched: ",
-                  cudaGetErrorName(static_cast<cudaError_t>(code)), ", ",
-                  cudaGetErrorString(static_cast<cudaError_t>(code)));
+  STD_TORCH_CHECK(code == 0, "softdimo::", name, ": the kernel was not launched: ", error_text(code));
 }
 
 inline void check_device(const char* name, const char* argument, const Tensor& tensor, const Tensor& logits) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == logits.get_device_index(), "softdimo::", name, ": ",
-                  argument, " must be on the device of the logits");
+  STD_TORCH_CHECK(same_device(tensor, logits), "softdimo::", name, ": ", argument,
+                  " must be on the device of the logits");
 }
 
 inline DType dtype_of(const char* name, const char* argument, const Tensor& tensor) {

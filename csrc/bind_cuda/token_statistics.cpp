@@ -52,6 +52,6 @@ std::tuple<Tensor, Tensor, Tensor> token_statistics(const Tensor& logits, double
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(softdimo, CUDA, m) { m.impl("token_statistics", TORCH_BOX(&token_statistics)); }
+SOFTDIMO_CUDA_LIBRARY(m) { m.impl("token_statistics", TORCH_BOX(&token_statistics)); }
 
 }  // namespace softdimo::cuda

@@ -339,3 +339,35 @@ def test_more_blocks_than_a_grid_holds(emulated: ModuleType) -> None:
         log_normalizer=0, entropy=0, max_prob=0,
     )  # fmt: skip
     assert code == INVALID_CONFIGURATION
+
+
+# ---------------------------------------------------------------------------------------------------
+# the binding
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_operator_takes_any_layout(emulated: ModuleType, dtype: torch.dtype) -> None:
+    """Transposed rows, padded columns, a broadcast mask and temperatures of another dtype."""
+    logits = (3 * torch.randn(3, 5, 40)).to(dtype).transpose(0, 1)[..., 1:37]
+    mask = torch.rand(3) > 0.3
+    temperature = (torch.rand(5, 1, dtype=torch.float64) + 0.5).expand(5, 3)
+    before = emulated.launches()
+    found = Statistics(
+        *torch.ops.softdimo_emulated.token_statistics(logits, 1.0, temperature, mask)
+    )
+    assert emulated.launches() == before + 1
+    expected = statistics(
+        emulated,
+        logits.reshape(15, 36),
+        mask=mask.expand(5, 3).reshape(15),
+        temperature=temperature.float().reshape(15),
+    )
+    assert_same(Statistics(*(one.reshape(15) for one in found)), expected)
+
+
+def test_the_operator_refuses_what_it_cannot_read(emulated: ModuleType) -> None:
+    operator = torch.ops.softdimo_emulated.token_statistics
+    with pytest.raises(RuntimeError, match="logits must be float32, bfloat16 or float16"):
+        operator(torch.randn(2, 3, dtype=torch.float64), 1.0, None, None)
+    with pytest.raises(RuntimeError, match="mask must broadcast to the rows"):
+        operator(torch.randn(2, 3), 1.0, None, torch.ones(3, dtype=torch.bool))

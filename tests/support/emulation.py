@@ -1,6 +1,7 @@
-"""Compiles the CUDA kernels for the CPU (tests/emulation) and loads them.
+"""Compiles the CUDA kernels and their bindings for the CPU (tests/emulation) and loads them.
 
-Unchanged sources are not compiled again.
+``torch.ops.softdimo_emulated.NAME`` is then the CUDA kernel of ``torch.ops.softdimo.NAME``, run on CPU
+tensors. Unchanged sources are not compiled again.
 
 With SOFTDIMO_EMULATION_SANITIZE=1 they are compiled with AddressSanitizer and UndefinedBehaviorSanitizer,
 whose run-time libraries have to be in the process from its start:
@@ -26,10 +27,17 @@ from pathlib import Path
 from types import ModuleType
 
 import pybind11
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EMULATION = ROOT / "tests" / "emulation"
 NAME = "softdimo_emulation"
+TORCH = Path(torch.__file__).parent
+# As in CMakeLists.txt: the oldest torch whose stable interface the bindings use.
+TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+# The schemas, of a library of another name.
+OPS = ROOT / "csrc" / "ops.cpp"
+RENAMED = "-Dsoftdimo=softdimo_emulated"
 SANITIZE = os.environ.get("SOFTDIMO_EMULATION_SANITIZE", "0") not in ("", "0")
 
 
@@ -46,9 +54,10 @@ def _compiler() -> list[str]:
         "-ffp-contract=off",  # as nvcc is told: fused only where the source says fmaf
         "-U_FORTIFY_SOURCE",  # its longjmp refuses to change stacks
         "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
-        f"-I{EMULATION}",  # before ours: launch.h, ptx.cuh and CUDA's own headers are found here
-        f"-I{ROOT / 'csrc' / 'include'}",
+        f"-I{EMULATION}",  # before ours: launch.h, ptx.cuh, device.h and CUDA's own headers are found here
+        f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc'}",
         "-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"),
+        "-isystem", str(TORCH / "include"), TARGET_VERSION,
     ]  # fmt: skip
 
 
@@ -62,7 +71,8 @@ def _common_fingerprint() -> bytes:
     """Of what every object depends on: the compiler, how it is called, the headers."""
     digest = hashlib.sha256(_run([_compiler()[0], "--version"]))
     digest.update(repr((_compiler(), sys.version, pybind11.__version__)).encode())
-    headers = [*EMULATION.rglob("*.*h"), *(ROOT / "csrc" / "include").rglob("*.*h")]
+    folders = (EMULATION, ROOT / "csrc" / "include", ROOT / "csrc" / "bind_cuda")
+    headers = [header for folder in folders for header in folder.rglob("*.*h")]
     for path in sorted(headers):
         digest.update(path.read_bytes())
     return digest.digest()
@@ -77,7 +87,8 @@ def _object(source: Path, folder: Path, common: bytes) -> Path:
         for old in folder.glob(f"{name}-*.o"):
             old.unlink()
         part = target.with_suffix(".part")
-        _run([*_compiler(), "-c", "-x", "c++", str(source), "-o", str(part)])
+        options = [RENAMED] if source == OPS else []
+        _run([*_compiler(), *options, "-c", "-x", "c++", str(source), "-o", str(part)])
         part.rename(target)
     return target
 
@@ -87,9 +98,9 @@ def build() -> Path:
     folder = ROOT / "build" / "emulation" / ("sanitized" if SANITIZE else "plain")
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / (NAME + sysconfig.get_config_var("EXT_SUFFIX"))
-    sources = [EMULATION / "module.cpp", EMULATION / "planted.cu"]
-    sources += sorted((EMULATION / "bind").glob("*.cpp"))
-    sources += sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources = [EMULATION / "module.cpp", EMULATION / "planted.cu", OPS]
+    for path in (EMULATION / "bind", ROOT / "csrc" / "cuda", ROOT / "csrc" / "bind_cuda"):
+        sources += [source for source in sorted(path.glob("*.c*")) if source.stem != "library"]
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         common = _common_fingerprint()
@@ -98,13 +109,14 @@ def build() -> Path:
         newest = max(path.stat().st_mtime for path in objects)
         if not library.exists() or library.stat().st_mtime < newest:
             part = library.with_suffix(".part")
-            _run([*_compiler(), "-shared", *map(str, objects), "-o", str(part)])
+            torch_library = [f"-L{TORCH / 'lib'}", f"-Wl,-rpath,{TORCH / 'lib'}", "-ltorch_cpu"]
+            _run([*_compiler(), "-shared", *map(str, objects), *torch_library, "-o", str(part)])
             part.rename(library)
     return library
 
 
 def load() -> ModuleType:
-    """The module with the emulated launchers."""
+    """The module with the emulator's switches; it brings the operators."""
     if SANITIZE and "libasan" not in os.environ.get("LD_PRELOAD", ""):
         raise RuntimeError(f"SOFTDIMO_EMULATION_SANITIZE=1 needs LD_PRELOAD, as {__file__} says")
     spec = importlib.util.spec_from_file_location(NAME, build())

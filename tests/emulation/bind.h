@@ -7,7 +7,7 @@
 
 #include <vector>
 
-#include "cuda_emulation.h"
+#include "emulated_memory.h"
 
 namespace py = pybind11;
 

@@ -8,11 +8,13 @@
 //     falling (`reverse`) order: a missing barrier reads NaN, or gives results that differ between the two;
 //   - a barrier opens when every thread of the block waits at the same line of source; a warp operation when every
 //     lane of its mask does, with the same mask. If no thread can run, launch() throws a list of who waits where;
-//   - __ldg from an address that is not a multiple of the element's size throws, and so does one outside of the memory
-//     that the kernel was declared to read, be it valid memory or not (`ReadGuard`).
+//   - loads from an address that is not a multiple of the element's size throw, and so do those outside of the memory
+//     that the kernel was declared to read, be it valid memory or not (`ReadGuard`);
+//   - the destination of an asynchronous copy is poisoned until the thread that asked for it waits.
 //
 // It knows what the kernels use. A new warp instruction is a few lines: publish operands with `exchange`, read those
-// of the other lanes from the table that it returns.
+// of the other lanes from the table that it returns; or let the last lane compute for all with `collective`.
+// Memory is in emulated_memory.h, matrix instructions are in emulated_matrix.h.
 #pragma once
 
 #include <setjmp.h>
@@ -26,6 +28,7 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -50,7 +53,8 @@ namespace emulation {
 
 constexpr int kLanes = 32;
 constexpr int kMostThreads = 1024;
-constexpr size_t kMostShared = 227 * 1024;  // of an sm_90 block
+constexpr size_t kMostShared = 163 * 1024;  // of an sm_80 block; sm_90 has 227 KB
+constexpr size_t kMostSharedUnasked = 48 * 1024;
 constexpr size_t kOperand = 64;             // most bytes that a lane publishes in a warp operation
 constexpr unsigned char kPoison = 0xff;
 #if defined(__SANITIZE_ADDRESS__)
@@ -90,6 +94,19 @@ struct Table {
     std::memcpy(&value, operand[lane], sizeof(T));
     return value;
   }
+
+  template <typename T>
+  void set(int lane, const T& value) {
+    std::memcpy(operand[lane], &value, sizeof(T));
+  }
+};
+
+// A copy of cp.async on its way, and the group of its thread's copies that it belongs to.
+struct Copy {
+  void* shared;
+  const void* global;
+  int bytes;  // the rest of 16 is zero
+  int64_t group;
 };
 
 enum class State : uint8_t { ready, at_block_barrier, at_warp_operation, finished };
@@ -102,6 +119,8 @@ struct Fiber {
   unsigned mask;  // of the warp operation it waits at
   alignas(16) unsigned char operand[kOperand];
   std::shared_ptr<const Table> table;  // of its last warp operation
+  std::vector<Copy> copies;            // not waited for
+  int64_t groups = 0;                  // of copies, committed
   ucontext_t context;
   jmp_buf resume;
   bool started = false;
@@ -128,6 +147,8 @@ struct Machine {
 
   std::vector<std::pair<void*, size_t>> static_shared;
   unsigned char* dynamic_shared = nullptr;
+  size_t dynamic_bytes = 0;
+  std::map<const void*, size_t> dynamic_limit;  // of the kernels that asked for more than kMostSharedUnasked
   unsigned char* stacks = nullptr;
 };
 
@@ -135,15 +156,6 @@ inline Machine& machine() {
   static Machine instance;
   return instance;
 }
-
-// While it lives, __ldg throws outside of what it allows.
-class ReadGuard {
- public:
-  explicit ReadGuard(std::function<bool(const void*, size_t)> may_read) { machine().may_read = std::move(may_read); }
-  ~ReadGuard() { machine().may_read = nullptr; }
-  ReadGuard(const ReadGuard&) = delete;
-  ReadGuard& operator=(const ReadGuard&) = delete;
-};
 
 // Addresses of fibers' stacks; AddressSanitizer has to be told of each change of stack.
 inline unsigned char* stack_of(const Fiber& fiber) { return machine().stacks + fiber.index * kStack; }
@@ -200,9 +212,10 @@ inline void block_barrier(Place place) {
   }
 }
 
-// Waits for the lanes of `mask`, which all publish an operand.
-template <typename T>
-const Table& exchange(unsigned mask, const T& operand, Place place) {
+// Waits for the lanes of `mask`, which all publish an operand. The last one to come hands `combine` the table, in which
+// it may put a result in each operand's place.
+template <typename T, typename Combine>
+const Table& collective(unsigned mask, const T& operand, Place place, const Combine& combine) {
   static_assert(sizeof(T) <= kOperand, "raise kOperand");
   Machine& m = machine();
   Fiber& self = *m.current;
@@ -223,14 +236,23 @@ const Table& exchange(unsigned mask, const T& operand, Place place) {
   }
   const auto table = std::make_shared<Table>();
   for (int lane = 0; lane < lanes; ++lane) {
-    Fiber& other = warp[lane];
     if (!(mask >> lane & 1)) continue;
     table->lanes |= 1u << lane;
-    std::memcpy(table->operand[lane], other.operand, kOperand);
-    other.table = table;
-    other.state = State::ready;
+    std::memcpy(table->operand[lane], warp[lane].operand, sizeof(T));
+  }
+  combine(*table);
+  for (int lane = 0; lane < lanes; ++lane) {
+    if (!(mask >> lane & 1)) continue;
+    warp[lane].table = table;
+    warp[lane].state = State::ready;
   }
   return *self.table;
+}
+
+// The table of what the lanes of `mask` published.
+template <typename T>
+const Table& exchange(unsigned mask, const T& operand, Place place) {
+  return collective(mask, operand, place, [](const Table&) {});
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -312,6 +334,7 @@ inline void run_block() {
     fiber.index = i;
     fiber.thread = {t % x, t / x % y, t / (x * y)};
     fiber.state = State::ready;
+    fiber.copies.clear();
   }
   const int warps = (m.threads + kLanes - 1) / kLanes;
   const auto finished = [](const Fiber& fiber) { return fiber.state == State::finished; };
@@ -339,12 +362,17 @@ inline void prepare_fibers(int threads) {
 
 // What SOFTDIMO_LAUNCH does here: runs the whole grid before it returns. Errors of the configuration are left for
 // cudaGetLastError, as on a GPU; errors of the kernel are thrown.
-inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+inline void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
   Machine& m = machine();
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > kMostThreads || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > INT32_MAX ||
       grid.y > 65535 || grid.z > 65535 || shared_bytes > kMostShared) {
     m.last_error = 9;  // cudaErrorInvalidConfiguration
+    return;
+  }
+  const auto limit = m.dynamic_limit.find(kernel);
+  if (shared_bytes > (limit == m.dynamic_limit.end() ? kMostSharedUnasked : limit->second)) {
+    m.last_error = 1;  // cudaErrorInvalidValue
     return;
   }
   ++m.launches;
@@ -358,6 +386,7 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::functi
   if (posix_memalign(&memory, 1024, std::max<size_t>(shared_bytes, 1)) != 0) throw std::bad_alloc();
   const std::unique_ptr<void, decltype(&std::free)> owner(memory, &std::free);
   m.dynamic_shared = static_cast<unsigned char*>(memory);
+  m.dynamic_bytes = shared_bytes;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
@@ -369,28 +398,5 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::functi
     }
   }
 }
-
-// ---------------------------------------------------------------------------------------------------
-// shared memory
-
-// What SOFTDIMO_SHARED declares here. Blocks run one at a time, so one copy serves all of them.
-template <typename T, int kCount>
-class SharedArray {
- public:
-  SharedArray() {
-    std::memset(static_cast<void*>(data_), kPoison, sizeof(data_));
-    machine().static_shared.push_back({data_, sizeof(data_)});
-  }
-
-  T& operator[](int64_t index) {
-    if (index < 0 || index >= kCount) {
-      throw std::out_of_range("shared array of " + std::to_string(kCount) + ": index " + std::to_string(index));
-    }
-    return data_[index];
-  }
-
- private:
-  T data_[kCount];
-};
 
 }  // namespace emulation

@@ -21,5 +21,10 @@ PYBIND11_MODULE(softdimo_emulation, m) {
     run_planted(name, emulation::pointer<const float>(input), emulation::pointer<float>(output));
   });
 
+  m.def("run_planted_product", [](const std::string& name, uintptr_t a, uintptr_t b, uintptr_t c) {
+    run_planted_product(name, emulation::pointer<const void>(a), emulation::pointer<const void>(b),
+                        emulation::pointer<float>(c));
+  });
+
   for (const emulation::Bind bind : emulation::binds()) bind(m);
 }

@@ -83,7 +83,7 @@ def test_missing_barrier_before_reuse(emulated: ModuleType, values: Tensor) -> N
         ("divergent_shuffle", r"threads 0-15 wait at __shfl_xor_sync .*; threads 16-31 have ended"),
         ("absent_lane", r"reads from lane \d+, which does not take part"),
         ("out_of_bounds", "shared array of 64: index 64"),
-        ("misaligned_load", "a load of 16 bytes from an address that is not aligned"),
+        ("misaligned_load", "a load of 16 bytes at an address that is not aligned"),
     ],
 )
 def test_planted_bug_is_reported(

@@ -98,7 +98,7 @@ def build() -> Path:
     folder = ROOT / "build" / "emulation" / ("sanitized" if SANITIZE else "plain")
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / (NAME + sysconfig.get_config_var("EXT_SUFFIX"))
-    sources = [EMULATION / "module.cpp", EMULATION / "planted.cu", OPS]
+    sources = [EMULATION / "module.cpp", *sorted(EMULATION.glob("planted*.cu")), OPS]
     for path in (EMULATION / "bind", ROOT / "csrc" / "cuda", ROOT / "csrc" / "bind_cuda"):
         sources += [source for source in sorted(path.glob("*.c*")) if source.stem != "library"]
     with (folder / "lock").open("w") as lock:

@@ -3,8 +3,9 @@
 
 #include "cuda_runtime.h"
 
-#define SOFTDIMO_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  (static_cast<void>(stream), ::emulation::launch((grid), (block), (shared_bytes), [&] { (kernel)(__VA_ARGS__); }))
+#define SOFTDIMO_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                            \
+  (static_cast<void>(stream), ::emulation::launch(::emulation::address_of(kernel), (grid), (block), \
+                                                  (shared_bytes), [&] { (kernel)(__VA_ARGS__); }))
 
 #define SOFTDIMO_SHARED(type, name, count) static ::emulation::SharedArray<type, (count)> name
 

@@ -1,7 +1,14 @@
 // Twin of csrc/include/softdimo/cuda/ptx.cuh.
 #pragma once
 
+#include "cuda_bf16.h"
+#include "cuda_fp16.h"
 #include "cuda_runtime.h"
+#include "emulated_matrix.h"
+#include "emulated_memory.h"
+
+// The caller's line, for reports.
+#define SOFTDIMO_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 namespace softdimo::cuda::ptx {
 
@@ -13,6 +20,72 @@ inline float exp2_approx(float x) {
   return y < 0x1p-126f ? 0.0f : y;
 }
 
+// Off by 2^-22, as the device may be, and up or down by the argument's last bit.
+inline float log2_approx(float x) {
+  if (std::fabs(x) < 0x1p-126f) return -INFINITY;
+  const double error = __float_as_uint(x) & 1 ? 0x1p-22 : -0x1p-22;
+  const double y = std::log2(static_cast<double>(x));
+  return static_cast<float>(x > 0.5f && x < 2.0f ? y + error : y * (1.0 + error));
+}
+
 inline float max_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b); }
 
+inline uint32_t pack_bf16(float low, float high) {
+  return uint32_t{__float2bfloat16_rn(high).bits} << 16 | __float2bfloat16_rn(low).bits;
+}
+
+inline uint32_t pack_f16(float low, float high) {
+  return uint32_t{__float2half_rn(high).bits} << 16 | __float2half_rn(low).bits;
+}
+
+inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SOFTDIMO_CALLER) {
+  ::emulation::multiply_matrices(d, a, b, {"mma", file, line},
+                                 [](uint16_t bits) { return __bfloat162float({bits}); });
+}
+
+inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SOFTDIMO_CALLER) {
+  ::emulation::multiply_matrices(d, a, b, {"mma", file, line}, [](uint16_t bits) { return __half2float({bits}); });
+}
+
+inline void load_matrix_x1(uint32_t& r, const void* shared_row, SOFTDIMO_CALLER) {
+  uint32_t registers[1];
+  ::emulation::load_matrices<1, false>(registers, shared_row, {"ldmatrix", file, line});
+  r = registers[0];
+}
+
+inline void load_matrix_x1_transposed(uint32_t& r, const void* shared_row, SOFTDIMO_CALLER) {
+  uint32_t registers[1];
+  ::emulation::load_matrices<1, true>(registers, shared_row, {"ldmatrix", file, line});
+  r = registers[0];
+}
+
+inline void load_matrix_x2(uint32_t (&r)[2], const void* shared_row, SOFTDIMO_CALLER) {
+  ::emulation::load_matrices<2, false>(r, shared_row, {"ldmatrix", file, line});
+}
+
+inline void load_matrix_x2_transposed(uint32_t (&r)[2], const void* shared_row, SOFTDIMO_CALLER) {
+  ::emulation::load_matrices<2, true>(r, shared_row, {"ldmatrix", file, line});
+}
+
+inline void load_matrix_x4(uint32_t (&r)[4], const void* shared_row, SOFTDIMO_CALLER) {
+  ::emulation::load_matrices<4, false>(r, shared_row, {"ldmatrix", file, line});
+}
+
+inline void load_matrix_x4_transposed(uint32_t (&r)[4], const void* shared_row, SOFTDIMO_CALLER) {
+  ::emulation::load_matrices<4, true>(r, shared_row, {"ldmatrix", file, line});
+}
+
+inline void copy_async_16(void* shared, const void* global, int bytes) {
+  ::emulation::start_copy_16(shared, global, bytes);
+}
+
+inline void commit_copies() { ::emulation::commit_copies(); }
+
+template <int kPending>
+void wait_copies() {
+  ::emulation::wait_copies(kPending);
+}
+
 }  // namespace softdimo::cuda::ptx
+
+#undef SOFTDIMO_CALLER

@@ -31,6 +31,7 @@ find_package(CUDAToolkit REQUIRED)
 # Kernels, and the binding of each operator.
 set(cuda_sources
     csrc/cuda/row_sum.cu
+    csrc/cuda/soft_embedding_pack.cu
     csrc/cuda/token_statistics.cu)
 set(cuda_bindings
     csrc/bind_cuda/library.cpp

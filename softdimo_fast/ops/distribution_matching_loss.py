@@ -108,7 +108,7 @@ def distribution_matching_loss(
         weight=weight, normalization=normalization, backend=backend,
     )  # fmt: skip
     if call.choice.backend == "cpp":
-        loss, _ = torch.ops.softdimo.distribution_matching_loss(*call[:-1])
+        loss, _ = _forward(*call[:-1])
     else:
         loss = torch.ops.softdimo_reference.distribution_matching_loss(*call[:-1])
     return loss  # type: ignore[no-any-return]
@@ -198,9 +198,7 @@ def _fake_backward(
 def _gradients(ctx: Any, grad: Tensor | None, _statistics: None) -> tuple[Tensor | None, ...]:
     if grad is None or not ctx.needs_input_grad[0]:
         return (None,) * 13
-    gradient = torch.ops.softdimo.distribution_matching_loss_backward(
-        grad, *_registration.restore_inputs(ctx), [True]
-    )
+    gradient = _backward(grad, *_registration.restore_inputs(ctx), [True])
     return (gradient, *(None,) * 12)
 
 
@@ -219,10 +217,10 @@ def _composite_backward(
     )  # fmt: skip
 
 
-torch.library.register_autograd(
-    "softdimo::distribution_matching_loss", _gradients, setup_context=save_statistics
+_forward = _registration.differentiable(
+    "softdimo::distribution_matching_loss", _gradients, save_statistics
 )
-_registration.register_double_backward(
+_backward = _registration.register_double_backward(
     "softdimo::distribution_matching_loss_backward", _composite_backward
 )
 for _operator in (

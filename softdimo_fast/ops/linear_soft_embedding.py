@@ -129,7 +129,7 @@ def linear_soft_embedding(
         mask_embedding=mask_embedding, memory=memory, precision=precision, backend=backend,
     )  # fmt: skip
     if call.choice.backend == "cpp":
-        output, *_ = torch.ops.softdimo.linear_soft_embedding(*call[:-1])
+        output, *_ = _forward(*call[:-1])
         return output  # type: ignore[no-any-return]
     output, _ = torch.ops.softdimo_reference.linear_soft_embedding(*call[:-3], call.keep == LOGITS)
     return output  # type: ignore[no-any-return]
@@ -341,17 +341,19 @@ _registration.opaque(
     _gradients_through(torch.ops.softdimo_reference.linear_soft_embedding_backward),
     setup_context=_save_reference,
 )
-torch.library.register_autograd(
-    f"{_registration.KERNELS}::{NAME}",
-    _gradients_through(torch.ops.softdimo.linear_soft_embedding_backward),
-    setup_context=_save,
+_backward = _registration.register_double_backward(
+    f"{_registration.KERNELS}::{NAME}_backward", _composite_backward
+)
+_forward = _registration.differentiable(
+    f"{_registration.KERNELS}::{NAME}", _gradients_through(_backward), _save
 )
 for _operator in (NAME, f"{NAME}_backward"):
     torch.library.register_vmap(
         f"{_registration.KERNELS}::{_operator}", _registration.vmap_refusal(NAME)
     )
-for _library_name in (_registration.KERNELS, _registration.REFERENCE):
-    _registration.register_double_backward(f"{_library_name}::{NAME}_backward", _composite_backward)
+_registration.register_double_backward(
+    f"{_registration.REFERENCE}::{NAME}_backward", _composite_backward
+)
 
 
 @explains(linear_soft_embedding)

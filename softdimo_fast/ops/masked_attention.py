@@ -81,7 +81,7 @@ def masked_attention(
         q, k, v = call.query.to(dtype), call.key.to(dtype), call.value.to(dtype)
         return scaled_dot_product_attention(q, k, v, scale=call.scale).to(call.query.dtype)
     if call.choice.backend == "cpp":
-        output, *_ = torch.ops.softdimo.masked_attention(*call[:-1])
+        output, *_ = _forward(*call[:-1])
         return output  # type: ignore[no-any-return]
     return torch.ops.softdimo_reference.masked_attention(*call[:-1])  # type: ignore[no-any-return]
 
@@ -191,9 +191,7 @@ def _gradients(ctx: Any, grad: Tensor | None, *_unused: Tensor | None) -> tuple[
     if grad is None:
         return (None,) * 6
     wanted = [bool(ctx.needs_input_grad[position]) for position in _DIFFERENTIABLE]
-    results = torch.ops.softdimo.masked_attention_backward(
-        grad, *_registration.restore_inputs(ctx), wanted
-    )
+    results = _backward(grad, *_registration.restore_inputs(ctx), wanted)
     return _registration.place(results, _DIFFERENTIABLE, wanted, 6)
 
 
@@ -207,8 +205,10 @@ def _composite_backward(
     )
 
 
-torch.library.register_autograd("softdimo::masked_attention", _gradients, setup_context=_save)
-_registration.register_double_backward("softdimo::masked_attention_backward", _composite_backward)
+_forward = _registration.differentiable("softdimo::masked_attention", _gradients, _save)
+_backward = _registration.register_double_backward(
+    "softdimo::masked_attention_backward", _composite_backward
+)
 for _operator in ("softdimo::masked_attention", "softdimo::masked_attention_backward"):
     torch.library.register_vmap(_operator, _registration.vmap_refusal(NAME))
 _registration.reference_operator(

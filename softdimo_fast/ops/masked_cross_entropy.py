@@ -71,7 +71,7 @@ def masked_cross_entropy(
     )
     loss: Tensor
     if call.choice.backend == "cpp":
-        loss, *_ = torch.ops.softdimo.masked_cross_entropy(*call[:-1])
+        loss, *_ = _forward(*call[:-1])
     else:
         loss = torch.ops.softdimo_reference.masked_cross_entropy(*call[:-1])
     return loss
@@ -147,7 +147,7 @@ def _gradients(ctx: Any, grad: Tensor | None, *_unused: Tensor | None) -> tuple[
     if grad is None or not ctx.needs_input_grad[0]:
         return (None,) * 5
     inputs = _registration.restore_inputs(ctx)
-    return (torch.ops.softdimo.masked_cross_entropy_backward(grad, *inputs), *(None,) * 4)
+    return (_backward(grad, *inputs), *(None,) * 4)
 
 
 def _composite_backward(
@@ -160,8 +160,8 @@ def _composite_backward(
     )
 
 
-torch.library.register_autograd("softdimo::masked_cross_entropy", _gradients, setup_context=_save)
-_registration.register_double_backward(
+_forward = _registration.differentiable("softdimo::masked_cross_entropy", _gradients, _save)
+_backward = _registration.register_double_backward(
     "softdimo::masked_cross_entropy_backward", _composite_backward
 )
 for _operator in ("softdimo::masked_cross_entropy", "softdimo::masked_cross_entropy_backward"):

@@ -98,7 +98,7 @@ def soft_embedding(
         precision=precision, backend=backend,
     )  # fmt: skip
     if call.choice.backend == "cpp":
-        output, *_ = torch.ops.softdimo.soft_embedding(
+        output, *_ = _forward(
             call.logits, call.codebook, call.temperature, call.row_temperature, call.mask,
             call.mask_embedding, call.seed, call.row_ids, call.top_k, call.top_p, call.high_precision,
             call.hard,
@@ -255,7 +255,7 @@ def _gradients(ctx: Any, grad: Tensor | None, *_unused: Tensor | None) -> tuple[
         return (None,) * 12
     inputs = _registration.restore_inputs(ctx)
     wanted = [bool(ctx.needs_input_grad[position]) for position in _DIFFERENTIABLE]
-    results = torch.ops.softdimo.soft_embedding_backward(grad, *inputs, wanted)
+    results = _backward(grad, *inputs, wanted)
     return _registration.place(results, _DIFFERENTIABLE, wanted, 12)
 
 
@@ -272,8 +272,10 @@ def _composite_backward(
     )  # fmt: skip
 
 
-torch.library.register_autograd("softdimo::soft_embedding", _gradients, setup_context=_save)
-_registration.register_double_backward("softdimo::soft_embedding_backward", _composite_backward)
+_forward = _registration.differentiable("softdimo::soft_embedding", _gradients, _save)
+_backward = _registration.register_double_backward(
+    "softdimo::soft_embedding_backward", _composite_backward
+)
 for _operator in ("softdimo::soft_embedding", "softdimo::soft_embedding_backward"):
     torch.library.register_vmap(_operator, _registration.vmap_refusal(NAME))
 _registration.reference_operator(

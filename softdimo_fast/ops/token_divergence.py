@@ -101,7 +101,7 @@ def token_divergence(
         weight=weight, reduction=reduction, backend=backend,
     )  # fmt: skip
     if call.choice.backend == "cpp":
-        value, _ = torch.ops.softdimo.token_divergence(*call[:-1])
+        value, _ = _forward(*call[:-1])
     else:
         value = torch.ops.softdimo_reference.token_divergence(*call[:-1])
     return value  # type: ignore[no-any-return]
@@ -267,9 +267,7 @@ def _gradients(ctx: Any, grad: Tensor | None, _statistics: None) -> tuple[Tensor
     if grad is None:
         return (None,) * 12
     wanted = [bool(ctx.needs_input_grad[position]) for position in _DIFFERENTIABLE]
-    results = torch.ops.softdimo.token_divergence_backward(
-        grad, *_registration.restore_inputs(ctx), wanted
-    )
+    results = _backward(grad, *_registration.restore_inputs(ctx), wanted)
     return _registration.place(results, _DIFFERENTIABLE, wanted, 12)
 
 
@@ -287,10 +285,10 @@ def _composite_backward(
     )  # fmt: skip
 
 
-torch.library.register_autograd(
-    "softdimo::token_divergence", _gradients, setup_context=save_statistics
+_forward = _registration.differentiable("softdimo::token_divergence", _gradients, save_statistics)
+_backward = _registration.register_double_backward(
+    "softdimo::token_divergence_backward", _composite_backward
 )
-_registration.register_double_backward("softdimo::token_divergence_backward", _composite_backward)
 for _operator in ("softdimo::token_divergence", "softdimo::token_divergence_backward"):
     torch.library.register_vmap(_operator, _registration.vmap_refusal(NAME))
 _registration.reference_operator(

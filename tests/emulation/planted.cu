@@ -5,6 +5,7 @@
 #include <map>
 #include <stdexcept>
 
+#include "softdimo/cuda/gumbel.cuh"
 #include "softdimo/cuda/launch.h"
 
 namespace {
@@ -104,6 +105,12 @@ __global__ void misaligned_load(const float* in, float* out) {
   out[threadIdx.x] = __uint_as_float(words.x);
 }
 
+// The noise of a uniform: half of a block's first numbers, then their low parts.
+__global__ void noise(const float* in, float* out) {
+  const softdimo::cuda::FloatPair pair = softdimo::cuda::gumbel(in[threadIdx.x % (kThreads / 2)]);
+  out[threadIdx.x] = threadIdx.x < kThreads / 2 ? pair.high : pair.low;
+}
+
 using Kernel = void (*)(const float*, float*);
 
 }  // namespace
@@ -126,6 +133,7 @@ void run_planted(const std::string& name, const float* input, float* output) {
       {"divergent_shuffle", divergent_shuffle},
       {"out_of_bounds", out_of_bounds},
       {"misaligned_load", misaligned_load},
+      {"noise", noise},
   };
   const Kernel kernel = kernels.at(name);
   SOFTDIMO_LAUNCH(kernel, 1, kThreads, kThreads * sizeof(float), nullptr, input, output);

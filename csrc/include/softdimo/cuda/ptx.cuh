@@ -23,6 +23,13 @@ __device__ __forceinline__ float log2_approx(float x) {
   return y;
 }
 
+// 1 / x within 1 ulp in one instruction, for x in [2^-126, 2^126].
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The larger of two numbers, NaN if either is NaN (fmaxf drops a NaN).
 __device__ __forceinline__ float max_or_nan(float a, float b) {
   float y;

@@ -28,6 +28,12 @@ inline float log2_approx(float x) {
   return static_cast<float>(x > 0.5f && x < 2.0f ? y + error : y * (1.0 + error));
 }
 
+// Off by 2^-23, up or down by the argument's last bit.
+inline float reciprocal_approx(float x) {
+  const double error = __float_as_uint(x) & 1 ? 0x1p-23 : -0x1p-23;
+  return static_cast<float>((1.0 + error) / static_cast<double>(x));
+}
+
 inline float max_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b); }
 
 inline uint32_t pack_bf16(float low, float high) {

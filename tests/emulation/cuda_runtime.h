@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda_emulation.h"
+#include "emulated_launch.h"
 #include "emulated_memory.h"
 
 #define __global__
@@ -28,13 +29,6 @@ inline cudaError_t cudaGetLastError() {
   emulation::machine().last_error = 0;
   return static_cast<cudaError_t>(error);
 }
-
-namespace emulation {
-template <typename... Arguments>
-const void* address_of(void (*kernel)(Arguments...)) {
-  return reinterpret_cast<const void*>(kernel);
-}
-}  // namespace emulation
 
 // Of a kernel: launches of it may then have that much dynamic shared memory.
 template <typename... Arguments>

@@ -16,11 +16,12 @@ void load_matrices(uint32_t (&r)[kMatrices], const void* shared_row, Place place
     const void* row;
     Registers registers;
   };
-  const auto load = [](Table& table) {
+  const auto load = [&](Table& table) {
     uint16_t element[kMatrices][8][8];
     for (int i = 0; i < 8 * kMatrices; ++i) {
       const void* row = table.get<const void*>(i);
       check_shared_16("a matrix's row", row);
+      banks().matrix_row(place, i, row);
       std::memcpy(element[i / 8][i % 8], row, 16);
     }
     for (int lane = 0; lane < kLanes; ++lane) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda_emulation.h"
+#include "emulated_banks.h"
 
 namespace emulation {
 
@@ -88,13 +89,14 @@ inline void check_shared_16(const char* what, const void* address) {
 // ---------------------------------------------------------------------------------------------------
 // cp.async: the bytes arrive when the thread waits for them, and until then the destination is poisoned
 
-inline void start_copy_16(void* shared, const void* global, int bytes) {
+inline void start_copy_16(void* shared, const void* global, int bytes, Place place) {
   if (bytes < 0 || bytes > 16) throw std::logic_error("an asynchronous copy of " + std::to_string(bytes) + " bytes");
   check_shared_16("an asynchronous copy", shared);
   check_aligned("an asynchronous copy", global, 16);
   if (bytes > 0) check_readable(global, bytes);
   std::memset(shared, kPoison, 16);
   Fiber& self = *machine().current;
+  banks().access(place, shared);
   self.copies.push_back({shared, global, bytes, self.groups});
 }
 

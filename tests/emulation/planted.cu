@@ -7,10 +7,14 @@
 
 #include "softdimo/cuda/gumbel.cuh"
 #include "softdimo/cuda/launch.h"
+#include "softdimo/cuda/ptx.cuh"
 
 namespace {
 
+using namespace softdimo::cuda;
+
 constexpr int kThreads = 64;
+constexpr size_t kLarge = 64 * 1024;
 
 // out[i] = in[63 - i], through shared memory.
 template <bool kBarrier>
@@ -28,6 +32,16 @@ __global__ void mirror_dynamic(const float* in, float* out) {
   float* buffer = reinterpret_cast<float*>(bytes);
   buffer[threadIdx.x] = in[threadIdx.x];
   if (kBarrier) __syncthreads();
+  out[threadIdx.x] = buffer[kThreads - 1 - threadIdx.x];
+}
+
+// Needs more dynamic shared memory than a kernel gets unasked.
+template <bool kAsked>
+__global__ void mirror_large(const float* in, float* out) {
+  SOFTDIMO_DYNAMIC_SHARED(bytes);
+  float* buffer = reinterpret_cast<float*>(bytes + kLarge - kThreads * sizeof(float));
+  buffer[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
   out[threadIdx.x] = buffer[kThreads - 1 - threadIdx.x];
 }
 
@@ -111,6 +125,40 @@ __global__ void noise(const float* in, float* out) {
   out[threadIdx.x] = threadIdx.x < kThreads / 2 ? pair.high : pair.low;
 }
 
+// out[i] = the number of lanes above 0 in the warp, then whether any is above 100, and all are.
+__global__ void votes(const float* in, float* out) {
+  const float value = in[threadIdx.x];
+  const int positive = __popc(__ballot_sync(0xffffffffu, value > 0.0f));
+  out[threadIdx.x] = static_cast<float>(positive + 100 * __any_sync(0xffffffffu, value > 100.0f) +
+                                        1000 * __all_sync(0xffffffffu, value > 0.0f));
+}
+
+// The last lane of each group of eight gets its group's sum.
+__global__ void prefix_sum(const float* in, float* out) {
+  float sum = in[threadIdx.x];
+  for (int distance = 1; distance < 8; distance *= 2) {
+    const float before = __shfl_up_sync(0xffffffffu, sum, distance, 8);
+    if (static_cast<int>(threadIdx.x % 8) >= distance) sum += before;
+  }
+  out[threadIdx.x] = sum;
+}
+
+// Words made of the number and its negative, and back from the lower half.
+__global__ void pack_bf16(const float* in, float* out) {
+  out[threadIdx.x] = __uint_as_float(ptx::pack_bf16(in[threadIdx.x], -in[threadIdx.x]));
+}
+
+__global__ void pack_f16(const float* in, float* out) {
+  out[threadIdx.x] = __uint_as_float(ptx::pack_f16(in[threadIdx.x], -in[threadIdx.x]));
+}
+
+__global__ void unpack_f16(const float* in, float* out) {
+  const unsigned word = __float_as_uint(__ldcs(in + threadIdx.x));
+  __stcs(out + threadIdx.x, __half2float(__ushort_as_half(static_cast<unsigned short>(word & 0xffffu))));
+}
+
+__global__ void log2_approx(const float* in, float* out) { out[threadIdx.x] = ptx::log2_approx(in[threadIdx.x]); }
+
 using Kernel = void (*)(const float*, float*);
 
 }  // namespace
@@ -121,12 +169,20 @@ void run_planted(const std::string& name, const float* input, float* output) {
       {"mirror without barrier", mirror<false>},
       {"mirror_dynamic", mirror_dynamic<true>},
       {"mirror_dynamic without barrier", mirror_dynamic<false>},
+      {"mirror_large", mirror_large<true>},
+      {"mirror_large unasked", mirror_large<false>},
       {"two_rounds", two_rounds<true>},
       {"two_rounds without barrier", two_rounds<false>},
       {"warp_mirror", warp_mirror<true>},
       {"warp_mirror without barrier", warp_mirror<false>},
       {"warp_sum", warp_sum},
       {"shift_and_broadcast", shift_and_broadcast},
+      {"votes", votes},
+      {"prefix_sum", prefix_sum},
+      {"pack_bf16", pack_bf16},
+      {"pack_f16", pack_f16},
+      {"unpack_f16", unpack_f16},
+      {"log2_approx", log2_approx},
       {"divergent_barrier", divergent_barrier},
       {"early_exit", early_exit},
       {"absent_lane", absent_lane},
@@ -136,6 +192,10 @@ void run_planted(const std::string& name, const float* input, float* output) {
       {"noise", noise},
   };
   const Kernel kernel = kernels.at(name);
-  SOFTDIMO_LAUNCH(kernel, 1, kThreads, kThreads * sizeof(float), nullptr, input, output);
+  if (kernel == mirror_large<true>) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kLarge);
+  }
+  const bool large = kernel == mirror_large<true> || kernel == mirror_large<false>;
+  SOFTDIMO_LAUNCH(kernel, 1, kThreads, large ? kLarge : kThreads * sizeof(float), nullptr, input, output);
   if (cudaGetLastError() != cudaSuccess) throw std::runtime_error("the launch was refused");
 }

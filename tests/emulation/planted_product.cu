@@ -23,6 +23,7 @@ constexpr int kBytes = (kRows + kColumns) * kChunks * 16;
 
 enum class Bug {
   none,
+  no_swizzle,  // right, and slow
   no_wait,
   no_commit,
   newest_not_waited,
@@ -37,8 +38,9 @@ enum class Bug {
   source_misaligned,
 };
 
+template <Bug kBug>
 __device__ __forceinline__ unsigned char* chunk(unsigned char* tile, int row, int j) {
-  return tile + (row * kChunks + (j ^ row % 8)) * 16;
+  return tile + (row * kChunks + (kBug == Bug::no_swizzle ? j : j ^ row % 8)) * 16;
 }
 
 template <Bug kBug>
@@ -46,14 +48,14 @@ __device__ __forceinline__ void copy(const unsigned char* a, const unsigned char
   const int row = threadIdx.x / kChunks, j = threadIdx.x % kChunks;
   unsigned char* const past = shared + kBytes + (kBug == Bug::copy_overrun ? 0 : -16);
   for (int r = row; r < kRows; r += kThreads / kChunks) {
-    unsigned char* to = chunk(shared, r, j);
+    unsigned char* to = chunk<kBug>(shared, r, j);
     if (kBug == Bug::copy_misaligned) to += 8;
     const unsigned char* from = a + (r * kChunks + j) * 16;
     if (kBug == Bug::source_misaligned) from += 2;
     ptx::copy_async_16(kBug == Bug::copy_overrun && r == kRows - 1 ? past : to, from, 16);
   }
   if (kBug == Bug::newest_not_waited) ptx::commit_copies();
-  ptx::copy_async_16(chunk(shared, kRows + row, j), b + (row * kChunks + j) * 16, 16);
+  ptx::copy_async_16(chunk<kBug>(shared, kRows + row, j), b + (row * kChunks + j) * 16, 16);
   if (kBug != Bug::no_commit) ptx::commit_copies();
 }
 
@@ -74,15 +76,15 @@ __device__ __forceinline__ void multiply(float (&sum)[4], unsigned char* shared)
   for (int k = 0; k < kChunks; k += 2) {
     uint32_t x[4], y[2];
     const int row = first_row + lane % 16, j = k + lane / 16;
-    unsigned char* from = chunk(shared, row, j);
+    unsigned char* from = chunk<kBug>(shared, row, j);
     if (kBug == Bug::other_swizzle) from = shared + (row * kChunks + (j ^ row / 2 % 4)) * 16;
     if (kBug == Bug::row_overrun) from += kColumns * kChunks * 16 + 16;
     if (kBug == Bug::row_misaligned) from += 8;
     ptx::load_matrix_x4(x, from);
     if (kByRows) {  // row 8 k + lane of b is chunk lane % 8 of "row" k + lane / 8
-      ptx::load_matrix_x2_transposed(y, chunk(shared, kRows + k + lane / 8 % 2, lane % 8));
+      ptx::load_matrix_x2_transposed(y, chunk<kBug>(shared, kRows + k + lane / 8 % 2, lane % 8));
     } else {
-      ptx::load_matrix_x2(y, chunk(shared, kRows + lane % 8, k + lane / 8 % 2));
+      ptx::load_matrix_x2(y, chunk<kBug>(shared, kRows + lane % 8, k + lane / 8 % 2));
     }
     if (kBug == Bug::fragment_order) {
       const uint32_t other = x[1];
@@ -126,6 +128,7 @@ void run_planted_product(const std::string& name, const void* a, const void* b, 
       {"bfloat16 by rows", product<true, true, Bug::none>},
       {"float16", product<false, false, Bug::none>},
       {"float16 by rows", product<false, true, Bug::none>},
+      {"no_swizzle", product<true, false, Bug::no_swizzle>},
       {"no_wait", product<true, false, Bug::no_wait>},
       {"no_commit", product<true, false, Bug::no_commit>},
       {"newest_not_waited", product<true, false, Bug::newest_not_waited>},

@@ -6,6 +6,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 THREADS = 64
@@ -27,6 +29,8 @@ def values() -> Tensor:
 def expected(name: str, values: Tensor) -> Tensor:
     if name.startswith("mirror"):
         return values.flip(0)
+    if name == "prefix_sum":
+        return values.view(8, 8).cumsum(1).view(-1)
     if name == "two_rounds":
         return 11 * values.flip(0)
     if name == "warp_mirror":
@@ -42,7 +46,16 @@ def expected(name: str, values: Tensor) -> Tensor:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
     "name",
-    ["mirror", "mirror_dynamic", "two_rounds", "warp_mirror", "warp_sum", "shift_and_broadcast"],
+    [
+        "mirror",
+        "mirror_dynamic",
+        "mirror_large",
+        "two_rounds",
+        "warp_mirror",
+        "warp_sum",
+        "shift_and_broadcast",
+        "prefix_sum",
+    ],
 )
 def test_correct_kernels(emulated: ModuleType, values: Tensor, name: str, schedule: str) -> None:
     assert torch.equal(run(emulated, name, schedule, values), expected(name, values))
@@ -97,3 +110,67 @@ def test_runs_on_after_an_error(emulated: ModuleType, values: Tensor) -> None:
     with pytest.raises(RuntimeError, match="stuck"):
         run(emulated, "early_exit", "greedy", values)
     assert torch.equal(run(emulated, "mirror", "greedy", values), expected("mirror", values))
+
+
+def test_large_shared_memory_has_to_be_asked_for(emulated: ModuleType, values: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="the launch was refused"):
+        run(emulated, "mirror_large unasked", "greedy", values)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_votes(emulated: ModuleType, schedule: str) -> None:
+    values = torch.ones(64)
+    values[3], values[40] = 0.0, 101.0
+    output = run(emulated, "votes", schedule, values)
+    assert torch.equal(output, torch.tensor([31.0] * 32 + [1132.0] * 32))
+
+
+FLOATS = st.lists(
+    st.floats(width=32) | st.floats(-(2.0**-13), 2.0**-13, width=32),
+    min_size=THREADS,
+    max_size=THREADS,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("pack_bf16", torch.bfloat16), ("pack_f16", torch.half)]
+)
+@given(numbers=FLOATS)
+def test_pack(emulated: ModuleType, name: str, dtype: torch.dtype, numbers: list[float]) -> None:
+    """The first number is in the lower half: first in memory. NaN has one form."""
+    values = torch.tensor(numbers)
+    words = run(emulated, name, "greedy", values).view(dtype).view(THREADS, 2)
+    pairs = torch.stack([values, -values], 1).to(dtype)
+    assert torch.equal(words.isnan(), pairs.isnan())
+    assert torch.equal(
+        words[~words.isnan()].view(torch.int16), pairs[~pairs.isnan()].view(torch.int16)
+    )
+
+
+def test_every_float16(emulated: ModuleType) -> None:
+    for start in range(0, 1 << 16, THREADS):
+        bits = torch.arange(start, start + THREADS, dtype=torch.int32)
+        output = run(emulated, "unpack_f16", "greedy", bits.view(torch.float32))
+        expected = bits.to(torch.int16).view(torch.float16).float()
+        assert torch.equal(output.nan_to_num(7.0), expected.nan_to_num(7.0))
+        assert torch.equal(output.isnan(), expected.isnan())
+
+
+@given(
+    numbers=st.lists(st.floats(2.0**-126, 2.0**126, width=32), min_size=THREADS, max_size=THREADS)
+)
+def test_log2(emulated: ModuleType, numbers: list[float]) -> None:
+    """Within what the instruction promises, and not closer than it."""
+    values = torch.tensor(numbers)
+    exact = values.double().log2()
+    error = (run(emulated, "log2_approx", "greedy", values).double() - exact).abs()
+    bound = torch.where((values > 0.5) & (values < 2), 1.0, exact.abs()) * 2.0**-22
+    assert bool((error <= 1.3 * bound).all())
+    assert bool((error >= 0.7 * bound).all())
+
+
+def test_log2_of_specials(emulated: ModuleType) -> None:
+    specials = torch.tensor([0.0, -0.0, 1e-40, float("inf"), -1.0, float("nan")])
+    output = run(emulated, "log2_approx", "greedy", torch.cat([specials, torch.ones(58)]))[:6]
+    assert output[:4].tolist() == [float("-inf")] * 3 + [float("inf")]
+    assert bool(output[4:].isnan().all())

@@ -117,3 +117,15 @@ def test_wrong_layout(emulated: ModuleType, name: str, schedule: str) -> None:
 def test_bad_address(emulated: ModuleType, name: str, report: str, schedule: str) -> None:
     with pytest.raises((RuntimeError, IndexError), match=report):
         run(emulated, name, schedule, *operands(name, 0))
+
+
+@pytest.mark.parametrize(("name", "passes"), [("bfloat16", {1.0}), ("no_swizzle", {1.0, 8.0})])
+def test_bank_conflicts(emulated: ModuleType, name: str, passes: set[float]) -> None:
+    """Without a swizzle eight rows of 128 bytes start at one bank; the copies write whole rows."""
+    a, b, c = operands(name, 0)
+    emulated.count_bank_conflicts()
+    assert_is_product(run(emulated, name, "greedy", a, b, c), a, b, c)
+    conflicts = emulated.bank_conflicts()
+    assert len(conflicts) == 4  # two copies, two loads
+    assert set(conflicts.values()) == passes
+    assert emulated.bank_conflicts() == {}

@@ -81,8 +81,8 @@ inline void load_matrix_x4_transposed(uint32_t (&r)[4], const void* shared_row, 
   ::emulation::load_matrices<4, true>(r, shared_row, {"ldmatrix", file, line});
 }
 
-inline void copy_async_16(void* shared, const void* global, int bytes) {
-  ::emulation::start_copy_16(shared, global, bytes);
+inline void copy_async_16(void* shared, const void* global, int bytes, SOFTDIMO_CALLER) {
+  ::emulation::start_copy_16(shared, global, bytes, {"cp.async", file, line});
 }
 
 inline void commit_copies() { ::emulation::commit_copies(); }

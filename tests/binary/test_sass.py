@@ -2,7 +2,7 @@
 
 expected/SOURCE.json holds, for every kernel of csrc/cuda/SOURCE.cu, `registers`: the most a thread may use
 for the number of blocks per multiprocessor that the kernel was designed for (64 lets 1024 threads run); and
-how many of COUNTED its code has, for both architectures or for each. What is left out is not there at all.
+how many of sass.COUNTED its code has, for both architectures or for each. What is left out is not there.
 """
 
 from __future__ import annotations
@@ -22,17 +22,6 @@ Expected = dict[str, Any]
 EXPECTED: dict[str, Expected] = {}
 for table in sorted(Path(__file__).with_name("expected").glob("*.json")):
     EXPECTED |= json.loads(table.read_text())
-
-# Instructions, by what they are there for.
-COUNTED = {
-    "loads_128": r"LDG\.E.*\.128",
-    "stores_128": r"STG\.E.*\.128",
-    "asynchronous_copies": r"LDGSTS",
-    "matrix_loads": r"LDSM",
-    "matrix_products": r"HMMA",
-    "barriers": r"BAR",
-    "atomics": r"ATOM|RED",
-}
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +55,12 @@ def test_every_kernel_is_in_the_table(kernels: dict[str, sass.Kernel]) -> None:
 @pytest.mark.parametrize("name", EXPECTED)
 def test_kernel(kernels: dict[str, sass.Kernel], architecture: str, name: str) -> None:
     kernel, expected = kernels[name], EXPECTED[name]
-    assert expected.keys() <= {"registers", *COUNTED}
+    assert expected.keys() <= {"registers", *sass.COUNTED}
     assert kernel.registers <= expected["registers"]
     assert kernel.stack == kernel.local == 0
     assert kernel.count("LDL") == kernel.count("STL") == 0
-    found = {what: kernel.count(pattern) for what, pattern in COUNTED.items()}
-    assert found == {what: _number(expected.get(what, 0), architecture) for what in COUNTED}
+    found = {what: kernel.count(pattern) for what, pattern in sass.COUNTED.items()}
+    assert found == {what: _number(expected.get(what, 0), architecture) for what in sass.COUNTED}
 
 
 def _number(entry: int | dict[str, int], architecture: str) -> int:
@@ -87,7 +76,7 @@ def test_token_statistics_propagates_nan(kernels: dict[str, sass.Kernel], name: 
 
 
 @pytest.mark.parametrize(
-    ("mangled", "name"),
+    ("symbol", "name"),
     [
         (
             "_ZN8softdimo52_GLOBAL__N__4ea8c701_19_token_statistics_cu_680143d323token_statistics_kernel"
@@ -96,7 +85,35 @@ def test_token_statistics_propagates_nan(kernels: dict[str, sass.Kernel], name: 
         ),
         ("_ZN8softdimo10sum_kernelIfLb1ELi8EEEvPKf", "sum_kernel<float, 1, 8>"),
         ("_ZN8softdimo11copy_kernelEPKfPf", "copy_kernel"),
+        ("_Z11pack_kernelIJi6float2EEvPfDpT_", "pack_kernel<int, float2>"),
+        ("_Z10one_kernelISt4pairIlmEEvPT_", "one_kernel<pair<long, unsigned long>>"),
+        (
+            "_ZN8softdimo4cuda36_GLOBAL__N__0ba48982_4_n_cu_3605f6cd16all_kinds_kernelI6__halfPKfLb0ELNS_5DTypeE0E"
+            "LNS1_4KindEn3ELi128ENS_2OpILi3ENS_9RowReaderIfEEE5InnerEJSB_EEEvNS1_6ParamsEPT_T0_",
+            "all_kinds_kernel<__half, const float*, 0, 0, -3, 128, Inner, Op<3, RowReader<float>>>",
+        ),
+        ("_ZN8softdimo6helperEv", "_ZN8softdimo6helperEv"),
+        ("printf", "printf"),
     ],
 )
-def test_readable_names(mangled: str, name: str) -> None:
-    assert sass.readable(mangled) == name
+def test_readable_names(symbol: str, name: str) -> None:
+    assert sass.readable(symbol) == name
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "threads", "architecture", "share"),
+    [
+        (64, 0, 128, "sm_80", 0.5),
+        (32, 0, 128, "sm_80", 1.0),
+        (128, 0, 256, "sm_80", 0.25),
+        (33, 0, 256, "sm_90a", 0.75),
+        (32, 40 * 1024, 256, "sm_80", 4 * 8 / 64),
+        (32, 40 * 1024, 256, "sm_90a", 5 * 8 / 64),
+        (16, 0, 32, "sm_80", 0.5),
+    ],
+)
+def test_occupancy(
+    registers: int, shared: int, threads: int, architecture: str, share: float
+) -> None:
+    kernel = sass.Kernel(registers=registers, shared=shared)
+    assert sass.occupancy(kernel, threads, architecture) == share

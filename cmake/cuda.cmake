@@ -30,11 +30,13 @@ find_package(CUDAToolkit REQUIRED)
 
 # Kernels, and the binding of each operator.
 set(cuda_sources
+    csrc/cuda/masked_cross_entropy.cu
     csrc/cuda/row_sum.cu
     csrc/cuda/soft_embedding_pack.cu
     csrc/cuda/token_statistics.cu)
 set(cuda_bindings
     csrc/bind_cuda/library.cpp
+    csrc/bind_cuda/masked_cross_entropy.cpp
     csrc/bind_cuda/token_statistics.cpp)
 
 add_library(softdimo_cuda_kernels OBJECT ${cuda_sources})

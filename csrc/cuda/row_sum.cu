@@ -31,7 +31,7 @@ struct Merge {
 };
 
 __device__ __forceinline__ void finish(const RowSumParams& p, const RowSumPartial& all) {
-  const double total = p.values != nullptr ? all.total : static_cast<double>(*p.value);
+  const double total = p.value == nullptr ? all.total : static_cast<double>(*p.value);
   const int64_t count = p.mask != nullptr ? all.count : p.rows;
   *p.result = static_cast<float>(p.mean && count > 1 ? total / static_cast<double>(count) : total);
 }
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kBlock) row_sum_kernel(const RowSumParams p) {
   RowSumPartial partial{0.0, 0};
 #pragma unroll 8
   for (int64_t n = first + threadIdx.x; n < last; n += kBlock) {
-    if (p.values != nullptr) partial.total += static_cast<double>(__ldg(p.values + n));
+    if (p.value == nullptr) partial.total += static_cast<double>(__ldg(p.values + n));
     if (p.mask != nullptr) partial.count += __ldg(p.mask + n * p.mask_stride);
   }
   partial = reduce_row<kBlock, kBlock>(partial, Merge{});

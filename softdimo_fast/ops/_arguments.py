@@ -232,7 +232,7 @@ def autocast(tensor: Tensor | None) -> Tensor | None:
 
 
 def copy_notes(logits: Tensor) -> list[str]:
-    """What ``explain`` says where the C++ kernels copy logits that they cannot walk in place."""
+    """What ``explain`` says where the kernels copy logits that they cannot walk in place."""
     if logits.stride(-1) == 1 or logits.shape[-1] == 1:
         return []
     return [f"logits have stride {logits.stride(-1)} along V: one contiguous copy is made"]

@@ -70,7 +70,7 @@ def masked_cross_entropy(
         logits, targets, mask, label_smoothing=label_smoothing, reduction=reduction, backend=backend
     )
     loss: Tensor
-    if call.choice.backend == "cpp":
+    if call.choice.backend in ("cpp", "cuda"):
         loss, *_ = _forward(*call[:-1])
     else:
         loss = torch.ops.softdimo_reference.masked_cross_entropy(*call[:-1])
@@ -102,8 +102,19 @@ def _prepare(
     check.require_choice(NAME, "reduction", reduction, ("none", "sum", "mean"))
     if check.checks_values(targets):
         _check_range(targets, mask, logits.shape[-1])
-    choice = _backends.choose(NAME, backend, _backends.obstacles(logits, "cpp"))
+    choice = _backends.choose(NAME, backend, _obstacles(logits))
     return _Call(logits, targets, mask, float(label_smoothing), reduction, choice)
+
+
+def _obstacles(logits: Tensor) -> dict[str, str]:
+    obstacles = _backends.obstacles(logits, "cpp", "cuda")
+    if "cuda" in obstacles:
+        return obstacles
+    if _library.CUDA_OBSTACLE is not None:
+        obstacles["cuda"] = _library.CUDA_OBSTACLE
+    elif logits.dtype == torch.float64:
+        obstacles["cuda"] = "the CUDA kernel computes in float32, and logits are float64"
+    return obstacles
 
 
 def _check_range(targets: Tensor, mask: Tensor | None, vocabulary: int) -> None:
@@ -178,15 +189,23 @@ _registration.reference_operator(
 def _explain(logits: Tensor, targets: Tensor, mask: Tensor | None, **options: Any) -> Explanation:
     call = _prepare(logits, targets, mask, **options)
     rows = targets.numel()
-    cpp = call.choice.backend == "cpp"
-    notes = ["several [N, V] tensors are written to memory; rows are not batch-invariant"]
+    backend = call.choice.backend
+    kernels = {
+        "cpp": f"softdimo::{NAME}, {_library.cpu_vector_isa()}",
+        "cuda": f"softdimo::{NAME}, CUDA",
+    }
+    notes = []
+    if backend == "reference":
+        notes.append("several [N, V] tensors are written to memory; rows are not batch-invariant")
+    else:
+        notes += check.copy_notes(logits)
     written = (rows if call.reduction == "none" else 1) * compute_dtype(logits).itemsize
     return Explanation(
         operator=NAME,
-        backend=call.choice.backend,
-        kernel=f"softdimo::{NAME}, {_library.cpu_vector_isa()}" if cpp else "plain torch",
+        backend=backend,
+        kernel=kernels.get(backend, "plain torch"),
         reason=call.choice.reason,
-        notes=tuple(check.copy_notes(logits) if cpp else notes),
+        notes=tuple(notes),
         bytes=logits.numel() * logits.element_size() + rows * targets.element_size() + written,
         # Per entry: shift and sum, and one more sum for the smoothing.
         flops=(3 if call.label_smoothing else 2) * logits.numel(),

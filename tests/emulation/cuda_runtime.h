@@ -73,6 +73,11 @@ T __ldcs(const T* address) {
 }
 
 template <typename T>
+void __stwb(T* address, T value) {
+  emulation::store(address, value);
+}
+
+template <typename T>
 void __stcs(T* address, T value) {
   emulation::store(address, value);
 }

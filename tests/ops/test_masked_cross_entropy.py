@@ -20,8 +20,10 @@ from support.checks import (
 )
 from support.contract import FLOORS, assert_contract
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from softdimo_fast.ops import _library
 from softdimo_fast.ops._explain import explain
 from softdimo_fast.ops.masked_cross_entropy import masked_cross_entropy
 from softdimo_fast.ops.reference import cross_entropy as specification
@@ -474,6 +476,49 @@ def test_which_kernel_runs(options: dict[str, Any], library: str, dtype: torch.d
     assert explanation.backend == ("cpp" if library == "softdimo" else "reference")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_cuda_tensors_run_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, reduction: str, dtype: torch.dtype
+) -> None:
+    """On fake tensors: the choice, and what the fakes give."""
+    monkeypatch.setattr(_library, "CUDA_OBSTACLE", None)
+    with FakeTensorMode():
+        logits = torch.empty(2, 3, 5, dtype=dtype, device="cuda")
+        targets = torch.empty(2, 3, dtype=torch.int64, device="cuda")
+        found: list[Tensor] = []
+        names = operators_run(
+            lambda: found.append(masked_cross_entropy(logits, targets, None, reduction=reduction))
+        )
+        explanation = explain(masked_cross_entropy, logits, targets, None)
+        saved = torch.empty(2, 3, device="cuda")
+        gradient = torch.ops.softdimo.masked_cross_entropy_backward(
+            found[0], logits, targets, None, 0.0, reduction, saved, saved
+        )
+    assert explanation.backend == "cuda"
+    assert names == ["softdimo::masked_cross_entropy"]
+    assert found[0].dtype == torch.float32
+    assert found[0].shape == ((2, 3) if reduction == "none" else ())
+    assert (gradient.dtype, gradient.shape) == (dtype, logits.shape)
+    assert found[0].device.type == gradient.device.type == "cuda"
+
+
+def test_what_keeps_cuda_tensors_from_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        targets = torch.empty(3, dtype=torch.int64, device="cuda")
+        logits = torch.empty(3, 5, device="cuda")
+        for obstacle, given, text in (
+            (None, logits.double(), "computes in float32, and logits are float64"),
+            ("this build has no CUDA library", logits, "this build has no CUDA library"),
+        ):
+            monkeypatch.setattr(_library, "CUDA_OBSTACLE", obstacle)
+            explanation = explain(masked_cross_entropy, given, targets, None)
+            assert explanation.backend == "reference"
+            assert text in explanation.reason
+            with pytest.raises(ValueError, match=f"backend='cuda' cannot run: .*{text}"):
+                masked_cross_entropy(given, targets, None, backend="cuda")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_do_not_depend_on_their_batch_or_on_threads(dtype: torch.dtype) -> None:
     """V beyond one chunk, and rows for several threads."""
@@ -531,7 +576,7 @@ BAD: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
     (ValueError, "label_smoothing must be finite, got nan", (Z, T, M), {"label_smoothing": float("nan")}),
     (ValueError, "reduction must be one of .* got 'batchmean'", (Z, T, M), {"reduction": "batchmean"}),
     (ValueError, "backend must be None or one of .* got 'numpy'", (Z, T, M), {"backend": "numpy"}),
-    (ValueError, "backend='cuda' cannot run: .* no CUDA kernel", (Z, T, M), {"backend": "cuda"}),
+    (ValueError, "backend='cuda' cannot run: .* need CUDA tensors", (Z, T, M), {"backend": "cuda"}),
     (ValueError, "backend='triton' cannot run: .* no Triton kernel", (Z, T, M), {"backend": "triton"}),
 ]  # fmt: skip
 

@@ -12,6 +12,9 @@
 //   row           |----chunk j---|                offset_ elements into word j
 //
 // Neither kind of load leaves the row: chunks at its ends are read element by element.
+//
+// Where only each entry by itself matters, chunks may start `before` columns before the row instead: then chunk j is
+// word j of a RowWriter whose row starts that far into its first word, and both are aligned where both rows are.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -63,11 +66,12 @@ class RowReader {
  public:
   static constexpr int kChunk = 16 / sizeof(T);
 
-  __device__ __forceinline__ RowReader(const T* row, int columns)
-      : row_(row),
-        columns_(columns),
-        offset_(static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T))),
-        words_(reinterpret_cast<const uint4*>(row - offset_)) {}
+  __device__ __forceinline__ RowReader(const T* row, int columns, int before = 0)
+      : row_(row - before),
+        before_(before),
+        columns_(before + columns),
+        offset_(static_cast<int>(reinterpret_cast<uintptr_t>(row_) % 16 / sizeof(T))),
+        words_(reinterpret_cast<const uint4*>(row_ - offset_)) {}
 
   __device__ __forceinline__ int chunks() const { return (columns_ + kChunk - 1) / kChunk; }
 
@@ -76,8 +80,8 @@ class RowReader {
   // Whether load() may read chunk j.
   template <bool kAligned>
   __device__ __forceinline__ bool inside(int j) const {
-    if (kAligned) return (j + 1) * kChunk <= columns_;
-    return j > 0 && (j + 2) * kChunk - offset_ <= columns_;
+    const int first = kAligned ? j * kChunk : j * kChunk - offset_;
+    return first >= before_ && first + (kAligned ? kChunk : 2 * kChunk) <= columns_;
   }
 
   // The bytes of a chunk that is inside; kAligned is aligned(), known when compiling.
@@ -87,12 +91,12 @@ class RowReader {
     return shift_bytes(__ldg(words_ + j), __ldg(words_ + j + 1), static_cast<unsigned>(offset_ * sizeof(T)));
   }
 
-  // Any chunk, element by element; `fill` past the row's end.
+  // Any chunk, element by element; `fill` outside of the row.
   __device__ __forceinline__ void load_elements(int j, float fill, float (&values)[kChunk]) const {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const int column = j * kChunk + i;
-      values[i] = column < columns_ ? to_float(__ldg(row_ + column)) : fill;
+      values[i] = column >= before_ && column < columns_ ? to_float(__ldg(row_ + column)) : fill;
     }
   }
 
@@ -111,9 +115,10 @@ class RowReader {
   }
 
  private:
-  const T* row_;
-  int columns_;
-  int offset_;          // elements between the 16-byte boundary at or before the row, and the row
+  const T* row_;        // where chunk 0 starts
+  int before_;          // of its columns, those before the row
+  int columns_;         // of all chunks
+  int offset_;          // elements between the 16-byte boundary at or before chunk 0, and chunk 0
   const uint4* words_;  // that boundary
 };
 

@@ -19,8 +19,8 @@ constexpr int64_t row_sum_partials(int64_t rows) {
 }
 
 struct RowSumParams {
-  const float* values;  // [rows], 0 where not counted. Null: *value stands for their sum
-  const float* value;
+  const float* values;  // [rows], 0 where not counted
+  const float* value;   // not null: *value stands for their sum
   int64_t rows;
   const uint8_t* mask;  // 0: not counted. Null: every row counts
   int64_t mask_stride;

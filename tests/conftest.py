@@ -8,6 +8,9 @@ import hypothesis
 import pytest
 import torch
 
+# A failed assert in a helper says what it compared, as in a test.
+pytest.register_assert_rewrite("support")
+
 hypothesis.settings.register_profile(
     "default", deadline=None, max_examples=40, derandomize=True, print_blob=True
 )

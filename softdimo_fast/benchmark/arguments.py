@@ -36,6 +36,10 @@ def parser() -> argparse.ArgumentParser:
         found.add_argument(
             f"--{name}", nargs="+", default=[], metavar="NAME", help=f"only {', '.join(known)}"
         )
+    found.add_argument(
+        "--floors", action="store_true",
+        help="print the predicted least times on A100, H100 and H200; measures nothing",
+    )  # fmt: skip
     found.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     found.add_argument("--guard", type=Path, help="a table of results that no ratio may fall below")
     found.add_argument(
@@ -49,19 +53,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns the exit code."""
     import torch
 
-    from softdimo_fast.benchmark import command
+    from softdimo_fast.benchmark import command, floors
 
     given = parser().parse_args(arguments)
     try:
         chosen = Settings(
             quick=given.quick,
-            device=given.device,
+            device="cuda" if given.floors else given.device,
             threads=torch.get_num_threads() if given.threads is None else given.threads,
             operators=tuple(given.operator),
             shapes=tuple(given.shape),
             dtypes=tuple(given.dtype),
             phases=tuple(given.phase),
         )
+        if given.floors:
+            print(floors.predict(chosen))
+            return 0
         return command.run(
             given.out, chosen, resume=given.resume, table=given.guard, tolerance=given.tolerance
         )

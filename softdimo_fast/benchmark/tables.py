@@ -230,17 +230,17 @@ def markdown(results: Results) -> str:
     parts = [f"# {words.TITLE}", _facts(results), words.INTRODUCTION]
     if results.machine:
         parts.append(mkl_sentence(results.machine))
-    parts += ["## Ceilings", words.CEILING_WORDS, _markdown(ceilings(results))]
-    parts += ["## Bars", words.BAR_WORDS, _markdown(bar_table(results))]
+    parts += ["## Ceilings", words.CEILING_WORDS, table_markdown(ceilings(results))]
+    parts += ["## Bars", words.BAR_WORDS, table_markdown(bar_table(results))]
     for operator in operators(results):
         parts += [
             f"## {operator}",
             in_short(results, operator),
-            _markdown(ratios(results, operator)),
+            table_markdown(ratios(results, operator)),
         ]
-        parts.append(_markdown(details(results, operator)))
+        parts.append(table_markdown(details(results, operator)))
     if results.missing:
-        parts += ["## Not run", _markdown(missing(results))]
+        parts += ["## Not run", table_markdown(missing(results))]
     parts += [
         "## How it was measured",
         *_list(words.METHOD, lambda pair: f"**{pair[0]}.** {pair[1]}"),
@@ -262,7 +262,8 @@ def _list(pairs: Iterable[tuple[str, str]], show: Callable[[tuple[str, str]], st
     return ["\n".join(f"- {show(pair)}" for pair in pairs)]
 
 
-def _markdown(table: Table) -> str:
+def table_markdown(table: Table) -> str:
+    """A table with its caption; nothing of one without rows."""
     if not table.groups:
         return ""
     rows = [row for group in table.groups for row in group]

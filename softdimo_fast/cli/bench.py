@@ -21,6 +21,7 @@ def run(
     shape: Names = (),
     dtype: Names = (),
     phase: Names = (),
+    floors: bool = False,
     resume: bool = False,
     guard: Annotated[Path | None, arg(metavar="TABLE", help_behavior_hint="(optional)")] = None,
     tolerance: float = 0.15,
@@ -36,6 +37,7 @@ def run(
         shape: only these shapes, for instance maskgit.
         dtype: only these of float32, bfloat16, autocast.
         phase: only these of forward, backward, both.
+        floors: print the predicted least times of the cases on A100, H100 and H200; measures nothing.
         resume: go on with the run in the folder.
         guard: a results.csv, for instance of benchmarks/results; the exit code is 1 if a ratio fell below it.
         tolerance: of the guard: the share that a ratio may fall.
@@ -44,11 +46,12 @@ def run(
 
     from softdimo_fast.benchmark import command
     from softdimo_fast.benchmark.errors import BenchmarkError
+    from softdimo_fast.benchmark.floors import predict
     from softdimo_fast.benchmark.settings import Settings
 
     chosen = Settings(
         quick=quick,
-        device=device,
+        device="cuda" if floors else device,
         threads=torch.get_num_threads() if threads is None else threads,
         operators=operator,
         shapes=shape,
@@ -56,6 +59,9 @@ def run(
         phases=phase,
     )
     try:
+        if floors:
+            print(predict(chosen))
+            return 0
         return command.run(out, chosen, resume=resume, table=guard, tolerance=tolerance)
     except BenchmarkError as error:
         raise UsageError(str(error)) from error

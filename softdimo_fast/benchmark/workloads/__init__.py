@@ -17,7 +17,7 @@ from softdimo_fast.benchmark.workloads import (
     token_divergence,
     token_statistics,
 )
-from softdimo_fast.benchmark.workloads.common import Maker, Workload
+from softdimo_fast.benchmark.workloads.common import Maker, ShapeMaker, Work, Workload
 
 _BUILDERS: dict[str, Callable[[Maker], Workload]] = {
     "soft_embedding": soft_embedding.build,
@@ -45,3 +45,9 @@ def build(case: Case, device: str = "cpu", *, tiny: bool = False) -> Workload:
     for name in workload.wanted:
         workload.inputs[name].requires_grad_()
     return workload
+
+
+def least_work(case: Case, kind: str, *, tiny: bool = False) -> dict[str, Work]:
+    """The least work of a case by phase, with the sizes on a kind of device that need not be here."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == "autocast"):
+        return _BUILDERS[case.operator](ShapeMaker(case, kind, tiny=tiny)).work

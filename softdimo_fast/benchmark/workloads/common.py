@@ -156,6 +156,18 @@ class Maker:
         return order < round(share * shape[-1])
 
 
+class ShapeMaker(Maker):
+    """Makes tensors of the sizes on any kind of device, on the CPU: one number, without memory for more."""
+
+    def __init__(self, case: Case, kind: str, *, tiny: bool) -> None:
+        super().__init__(case, "cpu")
+        self.sizes = SHAPES[case.shape].sizes(kind, tiny=tiny)
+
+    def normal(self, *shape: int, scale: float = 1.0, parameter: bool = False) -> Tensor:
+        """One number, everywhere."""
+        return super().normal(1, scale=scale, parameter=parameter).expand(*shape)
+
+
 def nbytes(*tensors: Tensor) -> int:
     """Bytes of dense copies of the tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -33,6 +33,9 @@ set(cuda_sources
     csrc/cuda/masked_cross_entropy.cu
     csrc/cuda/row_sum.cu
     csrc/cuda/soft_embedding_pack.cu
+    csrc/cuda/soft_embedding_tiny_dcodebook.cu
+    csrc/cuda/soft_embedding_tiny_dlogits.cu
+    csrc/cuda/soft_embedding_tiny_forward.cu
     csrc/cuda/token_statistics.cu)
 set(cuda_bindings
     csrc/bind_cuda/library.cpp

@@ -8,7 +8,9 @@ import torch
 
 
 def test_gumbel_noise_in_two_floats(emulated: ModuleType) -> None:
-    edges = torch.tensor([2.0**-33, 1e-9, 2.0**-24, 0.5, 1 - 0.36787945, 1 - 2.0**-23, 1 - 2.0**-24])
+    edges = torch.tensor(
+        [2.0**-33, 1e-9, 2.0**-24, 0.5, 1 - 0.36787945, 1 - 2.0**-23, 1 - 2.0**-24]
+    )
     uniforms = torch.cat([edges, 2.0 ** -torch.linspace(1, 30, 41), torch.rand(16)])
     found = torch.empty(64)
     for half in uniforms.view(2, 32):

@@ -32,6 +32,7 @@ find_package(CUDAToolkit REQUIRED)
 set(cuda_sources
     csrc/cuda/masked_cross_entropy.cu
     csrc/cuda/row_sum.cu
+    csrc/cuda/sample_tokens.cu
     csrc/cuda/soft_embedding_pack.cu
     csrc/cuda/soft_embedding_tiny_dcodebook.cu
     csrc/cuda/soft_embedding_tiny_dlogits.cu
@@ -40,6 +41,7 @@ set(cuda_sources
 set(cuda_bindings
     csrc/bind_cuda/library.cpp
     csrc/bind_cuda/masked_cross_entropy.cpp
+    csrc/bind_cuda/sample_tokens.cpp
     csrc/bind_cuda/token_statistics.cpp)
 
 add_library(softdimo_cuda_kernels OBJECT ${cuda_sources})

@@ -15,6 +15,9 @@ from softdimo_fast.ops.reference.common import compute_dtype
 
 NAME = "sample_tokens"
 
+# As in csrc/cuda/sample_tokens.cu: the longest row that fits on chip.
+_MOST_RESIDENT_BYTES = 32 * 1024
+
 
 class _Call(NamedTuple):
     """A checked call: the arguments of the operator, and the choice of a backend."""
@@ -97,7 +100,8 @@ def sample_tokens(
         logits, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, row_ids=row_ids,
         generator=generator, return_log_prob=return_log_prob, backend=backend,
     )  # fmt: skip
-    namespace = torch.ops.softdimo if call.choice.backend == "cpp" else torch.ops.softdimo_reference
+    compiled = call.choice.backend in ("cpp", "cuda")
+    namespace = torch.ops.softdimo if compiled else torch.ops.softdimo_reference
     tokens, log_prob = namespace.sample_tokens(*call[:-1])
     return (tokens, log_prob) if call.log_prob else tokens
 
@@ -128,8 +132,19 @@ def _prepare(
         logits.detach(), scalar, row_temperature, top_k, None if top_p is None else float(top_p),
         _random.seed_pair(NAME, seed, generator, device),
         _random.row_numbers(NAME, row_ids, rows, device), bool(return_log_prob),
-        _backends.choose(NAME, backend, _backends.obstacles(logits, "cpp")),
+        _backends.choose(NAME, backend, _obstacles(logits, row_temperature)),
     )  # fmt: skip
+
+
+def _obstacles(logits: Tensor, row_temperature: Tensor | None) -> dict[str, str]:
+    obstacles = _backends.obstacles(logits, "cpp", "cuda")
+    if "cuda" in obstacles:
+        return obstacles
+    if _library.CUDA_OBSTACLE is not None:
+        obstacles["cuda"] = _library.CUDA_OBSTACLE
+    elif torch.float64 in (logits.dtype, row_temperature is not None and row_temperature.dtype):
+        obstacles["cuda"] = "the CUDA kernel computes in float32, and an input is float64"
+    return obstacles
 
 
 @torch.library.register_fake("softdimo::sample_tokens")
@@ -138,7 +153,8 @@ def _fake(
     top_p: float | None, seed: Tensor, row_ids: Tensor | None, log_prob: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows = logits.shape[:-1]
-    dtype = compute_dtype(logits, row_temperature)
+    on_cuda = logits.device.type == "cuda"  # whose kernel computes in float32
+    dtype = torch.float32 if on_cuda else compute_dtype(logits, row_temperature)
     tokens = logits.new_empty(rows, dtype=torch.int64)
     return tokens, logits.new_empty(rows if log_prob else (0,), dtype=dtype)
 
@@ -151,26 +167,39 @@ _registration.reference_operator(NAME, reference.sample_tokens)
 def _explain(logits: Tensor, **options: Any) -> Explanation:
     call = _prepare(logits, **_random.without_draw(options))
     rows, item = logits.numel() // logits.shape[-1], logits.element_size()
-    cpp = call.choice.backend == "cpp"
+    backend = call.choice.backend
     truncates = call.top_k is not None or (call.top_p is not None and call.top_p < 1)
+    kernels = {
+        "cpp": f"softdimo::sample_tokens, {_library.cpu_vector_isa()}",
+        "cuda": "softdimo::sample_tokens, CUDA",
+    }
     notes = []
-    if cpp and logits.stride(-1) != 1 and logits.shape[-1] > 1:
+    if backend != "reference" and logits.stride(-1) != 1 and logits.shape[-1] > 1:
         notes.append(f"logits have stride {logits.stride(-1)} along V: one contiguous copy is made")
-    if cpp and truncates:
+    if backend == "cpp" and truncates:
         notes.append(
             "truncation is exact and sorts nothing: a few sweeps over the row in the cache"
         )
-    if not cpp:
+    if backend == "cuda" and truncates:
+        notes.append("truncation is exact and sorts nothing: sweeps over the row in shared memory")
+    if backend == "cuda" and logits.shape[-1] * item > _MOST_RESIDENT_BYTES:
+        notes.append(
+            f"a row is longer than {_MOST_RESIDENT_BYTES // 1024} KB: every sweep reads it again"
+        )
+    if backend == "reference":
         notes.append("the noise and the probabilities are written to memory ([N, V])")
         notes.append("exponentials counts the two logarithms of the noise of every entry")
-    each = int(call.log_prob) + int(call.top_p is not None and call.top_p < 1) * int(cpp)
+    each = {
+        "cpp": int(call.log_prob) + int(call.top_p is not None and call.top_p < 1),
+        "cuda": 1 + int(call.log_prob) + int(call.top_p is not None and call.top_p < 1),
+    }
     return Explanation(
         operator=NAME,
-        backend=call.choice.backend,
-        kernel=f"softdimo::sample_tokens, {_library.cpu_vector_isa()}" if cpp else "plain torch",
+        backend=backend,
+        kernel=kernels.get(backend, "plain torch"),
         reason=call.choice.reason,
         notes=tuple(notes),
         bytes=logits.numel() * item + rows * (8 + (max(item, 4) if call.log_prob else 0)),
         flops=2 * logits.numel(),
-        exponentials=logits.numel() * (each if cpp else int(call.log_prob) + 2),
+        exponentials=logits.numel() * each.get(backend, int(call.log_prob) + 2),
     )

@@ -31,7 +31,7 @@ COUNTED = {
     "matrix_loads": r"LDSM",
     "matrix_products": r"HMMA",
     "barriers": r"BAR",
-    "atomics": r"ATOM|RED",
+    "atomics": r"ATOM(?!S)|RED(?!UX)",  # of global memory
 }
 
 # Letters for types, and what letters make of the type behind them.

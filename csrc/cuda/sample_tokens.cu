@@ -34,6 +34,7 @@
 #include <cfloat>
 #include <cmath>
 
+#include "softdimo/cuda/gumbel.cuh"
 #include "softdimo/cuda/held_row.cuh"
 #include "softdimo/cuda/launch.h"
 #include "softdimo/cuda/philox_words.cuh"
@@ -158,7 +159,7 @@ __device__ __forceinline__ Winner try_chunk(const Row& row, const Draw& draw, in
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) score[i] = i == at ? NAN : score[i];
     const float distance = (logit - draw.top) / draw.temperature;
-    const Winner entry{distance - logf(-log1pf(-open_uniform(bits))), j * kChunk + at, distance};
+    const Winner entry{distance + gumbel(open_uniform(bits)).high, j * kChunk + at, distance};
     winner = Winner::Better{}(winner, entry);
   }
 }

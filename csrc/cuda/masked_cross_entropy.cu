@@ -20,8 +20,8 @@
 // the 16-byte boundaries of dz, so that stores are whole. Reductions to the sum or mean are row_sum's.
 //
 // The largest logit is kept out of `rest`, and the backward takes both as the forward left them. So where the target
-// holds the maximum, its gradient exp(0) / (1 + rest) - 1 is -rest / (1 + rest): minus the sum of the other entries, and
-// nothing cancels in a row near one-hot.
+// holds the maximum, its gradient exp(0) / (1 + rest) - 1 is -rest / (1 + rest): minus the sum of the other entries,
+// and nothing cancels in a row near one-hot.
 
 #include "softdimo/cuda/masked_cross_entropy.h"
 
@@ -127,36 +127,13 @@ struct Merge {
   }
 };
 
-// The chunks of one thread, in order: several at a time while all of them are inside the row.
 template <bool kAligned, int kThreads, typename T>
 __device__ __forceinline__ Partial accumulate(const RowReader<T>& row, int thread, int columns, float at_target) {
-  constexpr int kInFlight = kAligned ? 4 : 2;
   constexpr int kChunk = RowReader<T>::kChunk;
-  const int chunks = row.chunks();
   Partial partial = nothing();
-  float z[kChunk];
-  int j = thread;
-  while (j < chunks) {
-    if (row.template inside<kAligned>(j) && row.template inside<kAligned>(j + (kInFlight - 1) * kThreads)) {
-      uint4 loaded[kInFlight];
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) loaded[i] = row.template load<kAligned>(j + i * kThreads);
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        RowReader<T>::unpack(loaded[i], z);
-        add(partial, z, kChunk, at_target);
-      }
-      j += kInFlight * kThreads;
-    } else {
-      if (row.template inside<kAligned>(j)) {
-        RowReader<T>::unpack(row.template load<kAligned>(j), z);
-      } else {
-        row.load_elements(j, -INFINITY, z);
-      }
-      add(partial, z, columns - j * kChunk, at_target);
-      j += kThreads;
-    }
-  }
+  each_chunk<kAligned, kThreads>(row, thread, row.chunks(), -INFINITY, [&](int j, float(&z)[kChunk], bool whole) {
+    add(partial, z, whole ? kChunk : columns - j * kChunk, at_target);
+  });
   return partial;
 }
 
@@ -221,38 +198,16 @@ struct RowGradient {
 template <bool kAligned, int kThreads, typename T>
 __device__ __forceinline__ void write_gradient(const RowReader<T>& reader, const RowWriter<T>& writer, int thread,
                                                const RowGradient& gradient, const Shares& shares) {
-  constexpr int kInFlight = kAligned ? 4 : 2;
   constexpr int kWord = RowWriter<T>::kWord;
-  const int words = writer.words();
-  float z[kWord];
-  const auto differentiate = [&] {
+  each_chunk<kAligned, kThreads>(reader, thread, writer.words(), 0.0f, [&](int j, float(&z)[kWord], bool whole) {
 #pragma unroll
     for (int i = 0; i < kWord; ++i) z[i] = gradient.other(z[i], shares);
-  };
-  int j = thread;
-  while (j < words) {
-    if (reader.template inside<kAligned>(j) && reader.template inside<kAligned>(j + (kInFlight - 1) * kThreads)) {
-      uint4 loaded[kInFlight];
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) loaded[i] = reader.template load<kAligned>(j + i * kThreads);
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        RowReader<T>::unpack(loaded[i], z);
-        differentiate();
-        writer.store_whole(j + i * kThreads, z);
-      }
-      j += kInFlight * kThreads;
+    if (whole) {
+      writer.store_whole(j, z);
     } else {
-      if (reader.template inside<kAligned>(j)) {
-        RowReader<T>::unpack(reader.template load<kAligned>(j), z);
-      } else {
-        reader.load_elements(j, 0.0f, z);
-      }
-      differentiate();
       writer.store(j, z);
-      j += kThreads;
     }
-  }
+  });
 }
 
 template <int kThreads, typename T>

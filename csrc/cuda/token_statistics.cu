@@ -87,36 +87,12 @@ struct Merge {
   }
 };
 
-// The chunks of one thread, in order: several at a time while all of them are inside the row.
 template <bool kAligned, int kThreads, typename T>
 __device__ __forceinline__ Partial accumulate(const RowReader<T>& row, int thread, float scale) {
-  constexpr int kInFlight = kAligned ? 4 : 2;
   constexpr int kChunk = RowReader<T>::kChunk;
-  const int chunks = row.chunks();
   Partial partial = nothing();
-  float z[kChunk];
-  int j = thread;
-  while (j < chunks) {
-    if (row.template inside<kAligned>(j) && row.template inside<kAligned>(j + (kInFlight - 1) * kThreads)) {
-      uint4 loaded[kInFlight];
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) loaded[i] = row.template load<kAligned>(j + i * kThreads);
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        RowReader<T>::unpack(loaded[i], z);
-        add(partial, z, scale);
-      }
-      j += kInFlight * kThreads;
-    } else {
-      if (row.template inside<kAligned>(j)) {
-        RowReader<T>::unpack(row.template load<kAligned>(j), z);
-      } else {
-        row.load_elements(j, -INFINITY, z);
-      }
-      add(partial, z, scale);
-      j += kThreads;
-    }
-  }
+  each_chunk<kAligned, kThreads>(row, thread, row.chunks(), -INFINITY,
+                                 [&](int, float(&z)[kChunk], bool) { add(partial, z, scale); });
   return partial;
 }
 

@@ -122,4 +122,36 @@ class RowReader {
   const uint4* words_;  // that boundary
 };
 
+// One thread's chunks of [0, chunks), in order: visit(j, values, whole), where a chunk that is not whole has `fill`
+// outside of the row. Several are in flight while all of them are inside. kAligned is aligned(), known when compiling.
+template <bool kAligned, int kThreads, typename T, typename Visit>
+__device__ __forceinline__ void each_chunk(const RowReader<T>& row, int thread, int chunks, float fill,
+                                           const Visit& visit) {
+  constexpr int kInFlight = kAligned ? 4 : 2;
+  constexpr int kChunk = RowReader<T>::kChunk;
+  float values[kChunk];
+  int j = thread;
+  while (j < chunks) {
+    if (row.template inside<kAligned>(j) && row.template inside<kAligned>(j + (kInFlight - 1) * kThreads)) {
+      uint4 loaded[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) loaded[i] = row.template load<kAligned>(j + i * kThreads);
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        RowReader<T>::unpack(loaded[i], values);
+        visit(j + i * kThreads, values, true);
+      }
+      j += kInFlight * kThreads;
+    } else {
+      if (row.template inside<kAligned>(j)) {
+        RowReader<T>::unpack(row.template load<kAligned>(j), values);
+      } else {
+        row.load_elements(j, fill, values);
+      }
+      visit(j, values, false);
+      j += kThreads;
+    }
+  }
+}
+
 }  // namespace softdimo::cuda

@@ -30,6 +30,9 @@ find_package(CUDAToolkit REQUIRED)
 
 # Kernels, and the binding of each operator.
 set(cuda_sources
+    csrc/cuda/divergence_backward.cu
+    csrc/cuda/divergence_counts.cu
+    csrc/cuda/divergence_forward.cu
     csrc/cuda/masked_cross_entropy.cu
     csrc/cuda/row_sum.cu
     csrc/cuda/sample_tokens.cu
@@ -39,9 +42,12 @@ set(cuda_sources
     csrc/cuda/soft_embedding_tiny_forward.cu
     csrc/cuda/token_statistics.cu)
 set(cuda_bindings
+    csrc/bind_cuda/distribution_matching_loss.cpp
+    csrc/bind_cuda/divergence.cpp
     csrc/bind_cuda/library.cpp
     csrc/bind_cuda/masked_cross_entropy.cpp
     csrc/bind_cuda/sample_tokens.cpp
+    csrc/bind_cuda/token_divergence.cpp
     csrc/bind_cuda/token_statistics.cpp)
 
 add_library(softdimo_cuda_kernels OBJECT ${cuda_sources})

@@ -13,12 +13,13 @@ from softdimo_fast.ops._explain import Explanation, explains
 from softdimo_fast.ops.reference import divergence as reference
 from softdimo_fast.ops.reference.common import compute_dtype
 from softdimo_fast.ops.token_divergence import (
-    ROW_STATISTICS,
     check_guidance,
     check_weight,
     copy_notes,
+    fake_statistics,
     kernel,
     kl_weights,
+    obstacles,
     require_like,
     save_statistics,
     work,
@@ -107,7 +108,7 @@ def distribution_matching_loss(
         teacher_temperature=teacher_temperature, auxiliary_temperature=auxiliary_temperature,
         weight=weight, normalization=normalization, backend=backend,
     )  # fmt: skip
-    if call.choice.backend == "cpp":
+    if call.choice.backend in ("cpp", "cuda"):
         loss, _ = _forward(*call[:-1])
     else:
         loss = torch.ops.softdimo_reference.distribution_matching_loss(*call[:-1])
@@ -149,7 +150,15 @@ def _prepare(
     assert row_mask is not None
     check_weight(NAME, weight, rows, device)
     check.require_choice(NAME, "normalization", normalization, ("sum", "batch", "masked"))
-    choice = _backends.choose(NAME, backend, _backends.obstacles(student_logits, "cpp"))
+    able = obstacles(
+        student_logits,
+        teacher_logits,
+        auxiliary_logits,
+        teacher_uncond_logits,
+        row_guidance,
+        weight,
+    )
+    choice = _backends.choose(NAME, backend, able)
     # Detached: the gradient is transplanted, so no derivative of any order leads to these.
     uncond = None if teacher_uncond_logits is None else teacher_uncond_logits.detach()
     return _Call(
@@ -178,10 +187,7 @@ def _fake(
         row_guidance,
         weight,
     )
-    statistics = (*student_logits.shape[:-1], ROW_STATISTICS)
-    return student_logits.new_empty((), dtype=dtype), student_logits.new_empty(
-        statistics, dtype=torch.float64
-    )
+    return student_logits.new_empty((), dtype=dtype), fake_statistics(student_logits)
 
 
 @torch.library.register_fake("softdimo::distribution_matching_loss_backward")

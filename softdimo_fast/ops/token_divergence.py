@@ -100,7 +100,7 @@ def token_divergence(
         teacher_temperature=teacher_temperature, model_temperature=model_temperature, mask=mask,
         weight=weight, reduction=reduction, backend=backend,
     )  # fmt: skip
-    if call.choice.backend == "cpp":
+    if call.choice.backend in ("cpp", "cuda"):
         value, _ = _forward(*call[:-1])
     else:
         value = torch.ops.softdimo_reference.token_divergence(*call[:-1])
@@ -136,7 +136,8 @@ def _prepare(
     mask = check.rows_mask(NAME, "mask", mask, rows, device)
     check_weight(NAME, weight, rows, device)
     check.require_choice(NAME, "reduction", reduction, ("none", "sum", "mean"))
-    choice = _backends.choose(NAME, backend, _backends.obstacles(teacher_logits, "cpp"))
+    able = obstacles(teacher_logits, model_logits, teacher_uncond_logits, row_guidance, weight)
+    choice = _backends.choose(NAME, backend, able)
     return _Call(
         teacher_logits, model_logits, teacher_uncond_logits, scale, row_guidance,
         float(teacher_temperature), float(model_temperature), forward_weight, reverse_weight, mask,
@@ -207,6 +208,18 @@ def check_weight(
     check.rows_tensor(operator, "weight", weight, rows)
 
 
+def obstacles(logits: Tensor, *others: Tensor | None) -> dict[str, str]:
+    """What keeps each backend from a divergence of these tensors."""
+    found = _backends.obstacles(logits, "cpp", "cuda")
+    if "cuda" in found:
+        return found
+    if _library.CUDA_OBSTACLE is not None:
+        found["cuda"] = _library.CUDA_OBSTACLE
+    elif compute_dtype(logits, *others) == torch.float64:
+        found["cuda"] = "the CUDA kernel computes in float32, and an input is float64"
+    return found
+
+
 def work(*logits: Tensor | None) -> tuple[int, int, int]:
     """(bytes, FLOPs, exponentials) of a divergence that reads each of these logits once."""
     present = [tensor for tensor in logits if tensor is not None]
@@ -220,10 +233,16 @@ def work(*logits: Tensor | None) -> tuple[int, int, int]:
 # ---------------------------------------------------------------------------------------------------
 # torch: fake kernels, autograd, double backward
 
-# Numbers that the C++ kernels save of a row (RowStatistics in csrc/include/softdimo/divergence.h).
+# Numbers that the kernels save of a row (RowStatistics in csrc/include/softdimo/cpu/divergence.h,
+# DivergenceStatistics in csrc/include/softdimo/cuda/divergence.h).
 ROW_STATISTICS = 9
 # Where teacher_logits, model_logits and teacher_uncond_logits stand in the forward operator's arguments.
 _DIFFERENTIABLE = (0, 1, 2)
+
+
+def fake_statistics(logits: Tensor) -> Tensor:
+    dtype = torch.float32 if logits.device.type == "cuda" else torch.float64
+    return logits.new_empty((*logits.shape[:-1], ROW_STATISTICS), dtype=dtype)
 
 
 @torch.library.register_fake("softdimo::token_divergence")
@@ -236,7 +255,7 @@ def _fake(
     dtype = compute_dtype(teacher_logits, model_logits, teacher_uncond_logits, row_guidance, weight)
     rows = model_logits.shape[:-1]
     value = model_logits.new_empty(rows if reduction == "none" else (), dtype=dtype)
-    return value, model_logits.new_empty((*rows, ROW_STATISTICS), dtype=torch.float64)
+    return value, fake_statistics(model_logits)
 
 
 @torch.library.register_fake("softdimo::token_divergence_backward")
@@ -300,16 +319,16 @@ _registration.reference_operator(
 
 
 def kernel(operator: str, choice: _backends.Choice) -> str:
-    return (
-        f"softdimo::{operator}, {_library.cpu_vector_isa()}"
-        if choice.backend == "cpp"
-        else "plain torch"
-    )
+    kernels = {
+        "cpp": f"softdimo::{operator}, {_library.cpu_vector_isa()}",
+        "cuda": f"softdimo::{operator}, CUDA",
+    }
+    return kernels.get(choice.backend, "plain torch")
 
 
 def copy_notes(choice: _backends.Choice, **logits: Tensor | None) -> tuple[str, ...]:
-    """The logits that the C++ kernels cannot walk in place."""
-    if choice.backend != "cpp":
+    """The logits that the kernels cannot walk in place."""
+    if choice.backend == "reference":
         return ()
     return tuple(
         f"{name} have stride {tensor.stride(-1)} along V: one contiguous copy is made"

@@ -602,7 +602,7 @@ BAD: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
     (ValueError, "weight gets no gradient", (Z, Z, Z, M), {"weight": G}),
     (ValueError, "normalization must be one of .* got 'mean'", (Z, Z, Z, M), {"normalization": "mean"}),
     (ValueError, "backend must be None or one of .* got 'numpy'", (Z, Z, Z, M), {"backend": "numpy"}),
-    (ValueError, "backend='cuda' cannot run: .* no CUDA kernel", (Z, Z, Z, M), {"backend": "cuda"}),
+    (ValueError, "backend='cuda' cannot run: .* need CUDA tensors", (Z, Z, Z, M), {"backend": "cuda"}),
 ]  # fmt: skip
 
 

@@ -36,6 +36,7 @@ set(cuda_sources
     csrc/cuda/masked_cross_entropy.cu
     csrc/cuda/row_sum.cu
     csrc/cuda/sample_tokens.cu
+    csrc/cuda/soft_embedding_forward.cu
     csrc/cuda/soft_embedding_pack.cu
     csrc/cuda/soft_embedding_tiny_dcodebook.cu
     csrc/cuda/soft_embedding_tiny_dlogits.cu
@@ -47,6 +48,7 @@ set(cuda_bindings
     csrc/bind_cuda/library.cpp
     csrc/bind_cuda/masked_cross_entropy.cpp
     csrc/bind_cuda/sample_tokens.cpp
+    csrc/bind_cuda/soft_embedding.cpp
     csrc/bind_cuda/token_divergence.cpp
     csrc/bind_cuda/token_statistics.cpp)
 

@@ -15,6 +15,10 @@ from softdimo_fast.ops.reference.common import compute_dtype
 
 NAME = "soft_embedding"
 
+# The widest codebook of the CUDA kernels; vocabularies and widths up to TINY have kernels of their own.
+CUDA_WIDTH = 128
+TINY_VOCABULARY, TINY_WIDTH = 256, 16
+
 
 class _Call(NamedTuple):
     """A checked call: the arguments every backend takes, and the choice of one."""
@@ -75,11 +79,13 @@ def soft_embedding(
             draws it from torch's generator.
         row_ids: int64, broadcasts to the rows: the row numbers that key the noise; default 0 .. N-1.
         generator: eager only; draws the seed from this generator.
-        precision: ``"default"`` or ``"high"``: probabilities enter the products in one or in two bfloat16
-            terms (relative error 2^-9 or 2^-17). Only kernels that multiply in half precision differ. The
-            C++ kernels do so for a bfloat16 codebook of more than 8 columns, with sums in float32, on
-            processors with AVX512-BF16 or AMX (:func:`softdimo_fast.explain` tells); everywhere else they,
-            and the reference always, multiply in float32 or wider.
+        precision: ``"default"`` or ``"high"``: probabilities enter the products in one or in two 16-bit
+            terms (relative error 2^-9 or 2^-17 in bfloat16, 2^-12 or 2^-22 in float16). Only kernels that
+            multiply in half precision differ. The C++ kernels do so for a bfloat16 codebook of more than 8
+            columns, with sums in float32, on processors with AVX512-BF16 or AMX; the CUDA kernels for
+            bfloat16 and float16 codebooks, where they may take two terms in either case
+            (:func:`softdimo_fast.explain` tells). Everywhere else they, and the reference always, multiply
+            in float32 or wider.
         backend: None chooses; ``"reference" | "cpp" | "cuda" | "triton"`` insist.
 
     Returns:
@@ -97,7 +103,7 @@ def soft_embedding(
         hard=hard, top_k=top_k, top_p=top_p, seed=seed, row_ids=row_ids, generator=generator,
         precision=precision, backend=backend,
     )  # fmt: skip
-    if call.choice.backend == "cpp":
+    if call.choice.backend in ("cpp", "cuda"):
         output, *_ = _forward(
             call.logits, call.codebook, call.temperature, call.row_temperature, call.mask,
             call.mask_embedding, call.seed, call.row_ids, call.top_k, call.top_p, call.high_precision,
@@ -146,11 +152,34 @@ def _prepare(
     seed_tensor = _check_noise(noise, seed, row_ids, generator, device)
     if noise is not None:
         row_ids = _random.row_numbers(NAME, row_ids, rows, device)
-    choice = _backends.choose(NAME, backend, _backends.obstacles(logits, "cpp"))
+    tensors = (logits, codebook, row_temperature, mask_embedding)
+    choice = _backends.choose(
+        NAME, backend, _obstacles(*tensors, truncates=top_k is not None or top_p is not None)
+    )
     return _Call(
         logits, codebook, scalar, row_temperature, mask, mask_embedding, seed_tensor, row_ids, bool(hard),
         top_k, None if top_p is None else float(top_p), precision == "high", choice,
     )  # fmt: skip
+
+
+def _obstacles(
+    logits: Tensor, codebook: Tensor, *others: Tensor | None, truncates: bool
+) -> dict[str, str]:
+    obstacles = _backends.obstacles(logits, "cpp", "cuda")
+    if "cuda" in obstacles:
+        return obstacles
+    width = codebook.shape[-1]
+    if _library.CUDA_OBSTACLE is not None:
+        obstacles["cuda"] = _library.CUDA_OBSTACLE
+    elif compute_dtype(logits, codebook, *others) == torch.float64:
+        obstacles["cuda"] = "the CUDA kernels compute in float32, and an input is float64"
+    elif width > CUDA_WIDTH:
+        obstacles["cuda"] = (
+            f"the CUDA kernels take codebooks of at most {CUDA_WIDTH} columns, this one has {width}"
+        )
+    elif truncates:
+        obstacles["cuda"] = "the CUDA kernels do not truncate, and top_k or top_p is given"
+    return obstacles
 
 
 def _check_codebook(logits: Tensor, codebook: Tensor) -> None:
@@ -286,7 +315,22 @@ _registration.reference_operator(
 )
 
 
-def _kernel(call: _Call) -> str:
+def _cuda_kernel(call: _Call) -> str:
+    """The CUDA kernel of a call: what it multiplies in."""
+    vocabulary, width = call.codebook.shape[-2:]
+    dtype = call.codebook.dtype
+    if vocabulary <= TINY_VOCABULARY and width <= TINY_WIDTH:
+        products = "float32"
+    elif dtype == torch.float32:
+        products = "bfloat16, p and codebook in three terms"
+    elif call.high_precision or call.seed is not None or call.logits.dtype == torch.float32:
+        products = f"{str(dtype).removeprefix('torch.')}, p in two terms"
+    else:
+        products = str(dtype).removeprefix("torch.")
+    return f"softdimo::soft_embedding, CUDA, products in {products}"
+
+
+def _cpp_kernel(call: _Call) -> str:
     """The C++ kernel of a call: its instruction set and what it multiplies in."""
     isa = _library.cpu_isa()
     tensors = (call.logits, call.codebook, call.row_temperature, call.mask_embedding)
@@ -307,18 +351,20 @@ def _explain(logits: Tensor, codebook: Tensor, **options: Any) -> Explanation:
     call = _prepare(logits, codebook, **(_random.without_draw(options) if noisy else options))
     vocabulary, width = codebook.shape[-2:]
     rows = logits.numel() // vocabulary
-    cpp = call.choice.backend == "cpp"
+    backend = call.choice.backend
+    cpp, fused = backend == "cpp", backend in ("cpp", "cuda")
+    kernels = {"cpp": _cpp_kernel, "cuda": _cuda_kernel}
     notes = []
-    if cpp and logits.stride(-1) != 1 and vocabulary > 1:
+    if fused and logits.stride(-1) != 1 and vocabulary > 1:
         notes.append(f"logits have stride {logits.stride(-1)} along V: one contiguous copy is made")
     if cpp and (options.get("top_k") is not None or options.get("top_p") is not None):
         notes.append("top_k and top_p take a pass over the logits of their own")
-    if not cpp:
+    if not fused:
         notes.append("the [N, V] probabilities are written to memory; rows are not batch-invariant")
     return Explanation(
         operator=NAME,
-        backend=call.choice.backend,
-        kernel=_kernel(call) if cpp else "plain torch",
+        backend=backend,
+        kernel=kernels[backend](call) if fused else "plain torch",
         reason=call.choice.reason,
         notes=tuple(notes),
         bytes=logits.numel() * logits.element_size()

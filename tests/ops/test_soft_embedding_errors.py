@@ -60,9 +60,9 @@ BAD: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
     (TypeError, "top_p must be a float, got str", (Z, E), {"top_p": "all"}),
     (ValueError, "precision must be one of 'default', 'high', got 'low'", (Z, E), {"precision": "low"}),
     (ValueError, "backend must be None or one of .* got 'numpy'", (Z, E), {"backend": "numpy"}),
-    (ValueError, "backend='cuda' cannot run: this operator has no CUDA kernel", (Z, E), {"backend": "cuda"}),
+    (ValueError, "backend='cuda' cannot run: the CUDA kernels need CUDA tensors, these are on cpu", (Z, E), {"backend": "cuda"}),
     (ValueError, "backend='triton' cannot run: this operator has no Triton kernel", (Z, E), {"backend": "triton"}),
-    (ValueError, "backend='cuda' cannot run: this operator has no CUDA kernel", (Z, E), {"backend": "cuda"}),
+    (ValueError, "backend='cuda' cannot run: the CUDA kernels need CUDA tensors, these are on cpu", (Z, E), {"backend": "cuda"}),
 ]  # fmt: skip
 
 

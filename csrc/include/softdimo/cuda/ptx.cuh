@@ -51,6 +51,19 @@ __device__ __forceinline__ uint32_t pack_f16(float low, float high) {
   return word;
 }
 
+// The larger of each half; a NaN gives way to a number.
+__device__ __forceinline__ uint32_t max_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t word;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+  return word;
+}
+
+__device__ __forceinline__ uint32_t max_f16x2(uint32_t a, uint32_t b) {
+  uint32_t word;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+  return word;
+}
+
 // ---------------------------------------------------------------------------------------------------
 // matrices: all lanes of a warp together
 
@@ -112,6 +125,11 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* sha
 __device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&r)[4], const void* shared_row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(shared_row)) : "memory");
+}
+
+// Asks for the 32 bytes around an address of global memory, which may be used soon, to come into L2.
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(global)));
 }
 
 // ---------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ struct SoftEmbeddingForwardParams {
 
 // Columns are padded with zeros to one of these widths.
 constexpr int64_t kMaxSoftEmbeddingWidth = 128;
-inline int64_t padded_width(int64_t width) { return width <= 32 ? 32 : width <= 64 ? 64 : 128; }
+inline int64_t padded_width(int64_t width) { return width <= 64 ? 64 : 128; }
 
 // A 16-bit codebook enters products as it is. A float32 number is the sum of three bfloat16 terms, each of them what the
 // terms before it leave, rounded to nearest.

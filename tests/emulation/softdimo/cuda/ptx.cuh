@@ -44,6 +44,24 @@ inline uint32_t pack_f16(float low, float high) {
   return uint32_t{__float2half_rn(high).bits} << 16 | __float2half_rn(low).bits;
 }
 
+// Of the bits of each half, by what they mean.
+template <typename Meaning>
+uint32_t larger_halves(uint32_t a, uint32_t b, const Meaning& meaning) {
+  const auto larger = [&](unsigned first, unsigned second) {
+    const float x = meaning(static_cast<uint16_t>(first)), y = meaning(static_cast<uint16_t>(second));
+    return uint32_t{std::isnan(x) || y > x ? second : first};
+  };
+  return larger(a >> 16, b >> 16) << 16 | larger(a & 0xffffu, b & 0xffffu);
+}
+
+inline uint32_t max_bf16x2(uint32_t a, uint32_t b) {
+  return larger_halves(a, b, [](uint16_t bits) { return __bfloat162float({bits}); });
+}
+
+inline uint32_t max_f16x2(uint32_t a, uint32_t b) {
+  return larger_halves(a, b, [](uint16_t bits) { return __half2float({bits}); });
+}
+
 inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SOFTDIMO_CALLER) {
   ::emulation::multiply_matrices(d, a, b, {"mma", file, line},
                                  [](uint16_t bits) { return __bfloat162float({bits}); });
@@ -80,6 +98,8 @@ inline void load_matrix_x4(uint32_t (&r)[4], const void* shared_row, SOFTDIMO_CA
 inline void load_matrix_x4_transposed(uint32_t (&r)[4], const void* shared_row, SOFTDIMO_CALLER) {
   ::emulation::load_matrices<4, true>(r, shared_row, {"ldmatrix", file, line});
 }
+
+inline void prefetch_l2(const void* global) { ::emulation::check_readable(global, 1); }
 
 inline void copy_async_16(void* shared, const void* global, int bytes, SOFTDIMO_CALLER) {
   ::emulation::start_copy_16(shared, global, bytes, {"cp.async", file, line});

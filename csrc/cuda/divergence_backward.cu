@@ -5,17 +5,17 @@
 //             to the guided logits:  k / S (wf p (r - KL(p || q)) + wr (p - q)), of which c gets s and u gets 1 - s
 //   bytes     3 b V read with guidance, 2 b V without, b V written for each gradient (8 V for the model's alone in
 //             bfloat16 with guidance); rows that are not counted are zero-filled, their logits are not read
-//   FLOPs     about 30 instructions and 2 exponentials per entry with guidance; centred rows about 70
+//   FLOPs     about 30 instructions and 2 exponentials per entry with guidance; centred rows about 95
 //   floor     memory, at 1.8 / 3.0 / 4.3 TB/s (A100 / H100 / H200): 8192 counted rows of V = 8192 in bfloat16 with
 //             guidance and the model's gradient are 537 MB, so 298 / 179 / 125 us. The instructions need 103 / 65 / 65
-//             us in direct rows and 241 / 152 / 152 us in centred ones (4 warp instructions per clock and
-//             multiprocessor), which on the H200 is more than the memory
+//             us in direct rows, and hide; 327 / 206 / 206 us in centred ones (4 warp instructions per clock and
+//             multiprocessor), and do not. Rows that are not on a 16-byte boundary are written entry by entry
 //   tiles     one look at the row, by octets of eight entries; p and q come from the saved tops and sums:
 //
 //             V        threads per row    row:  octet 0  | octet 1  | ... | octet k  | octet k+1 | ...
 //             <= 128   k = 8                    thread 0   thread 1         thread 0   thread 1
 //             <= 1024  k = 64
-//             more     k = 256            then, in rows with an entry > 1/2, the gradient of that entry once more:
+//             more     k = 128            then, in rows with an entry > 1/2, the gradient of that entry once more:
 //                                         minus the sum of the others
 
 #include <cuda_runtime.h>
@@ -224,8 +224,9 @@ template <int kThreads>
 constexpr int kBlock = kThreads <= kWarp ? 128 : kThreads;
 
 // kTeacher: a gradient to the teacher's or the unconditional logits is wanted.
+// The blocks leave a thread 96 registers, or 128.
 template <int kThreads, bool kTeacher>
-__global__ void __launch_bounds__(kBlock<kThreads>, 512 / kBlock<kThreads>)
+__global__ void __launch_bounds__(kBlock<kThreads>, (kTeacher ? 512 : 640) / kBlock<kThreads>)
     divergence_backward_kernel(const DivergenceBackwardParams p) {
   constexpr int kRows = kBlock<kThreads> / kThreads;
   const int thread = threadIdx.x % kThreads;
@@ -264,7 +265,7 @@ extern "C" int softdimo_divergence_backward(const DivergenceBackwardParams* para
   // By the vocabulary alone, so that a row's bits do not depend on how many rows there are.
   if (columns <= 128) return teacher ? launch<8, true>(p, queue) : launch<8, false>(p, queue);
   if (columns <= 1024) return teacher ? launch<64, true>(p, queue) : launch<64, false>(p, queue);
-  return teacher ? launch<256, true>(p, queue) : launch<256, false>(p, queue);
+  return teacher ? launch<128, true>(p, queue) : launch<128, false>(p, queue);
 }
 
 }  // namespace softdimo::cuda

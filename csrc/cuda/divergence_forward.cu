@@ -5,10 +5,10 @@
 //   bytes     3 b V with guidance, 2 b V without (b bytes per logit, each read once up to V = 8192), 40 per row; of a
 //             row that is not counted these 40 alone
 //   FLOPs     about 33 instructions and 2 exponentials per entry with guidance in float32 or bfloat16; centred rows (p
-//             and q nearly agree) 60 more and 2 exponentials
+//             and q nearly agree) 80 more and 2 exponentials
 //   floor     memory, at 1.8 / 3.0 / 4.3 TB/s (A100 / H100 / H200): 8192 counted rows of V = 8192 in bfloat16 with
 //             guidance are 403 MB, so 224 / 134 / 94 us. The instructions of direct rows need 113 / 72 / 72 us (4 warp
-//             instructions per clock and multiprocessor) and hide; those of centred rows 320 / 202 / 202 us, and do not
+//             instructions per clock and multiprocessor) and hide; those of centred rows 390 / 250 / 250 us, and do not
 //   tiles     the row's threads hold its guided teacher's and its model's logits in registers, two octets (of eight
 //             entries) each, and look at them three times: for the tops, the sums, and once more in centred rows:
 //

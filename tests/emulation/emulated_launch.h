@@ -75,7 +75,6 @@ inline void run_block() {
   Machine& m = machine();
   ++m.blocks;
   m.at_barrier = 0;
-  for (const auto& [data, bytes] : m.static_shared) std::memset(data, kPoison, bytes);
   for (int i = 0; i < m.threads; ++i) {
     Fiber& fiber = m.fibers[i];
     const unsigned x = m.block_size.x, y = m.block_size.y, t = i;

@@ -54,9 +54,13 @@ void store(T* address, const T& value) {
 template <typename T, int kCount>
 class SharedArray {
  public:
-  SharedArray() {
-    std::memset(static_cast<void*>(data_), kPoison, sizeof(data_));
-    machine().static_shared.push_back({data_, sizeof(data_)});
+  SharedArray() { machine().static_shared.push_back({data_, sizeof(data_)}); }
+
+  // The array of the block that runs, poisoned when its first thread comes here.
+  SharedArray& of_block() {
+    if (block_ != machine().blocks) std::memset(static_cast<void*>(data_), kPoison, sizeof(data_));
+    block_ = machine().blocks;
+    return *this;
   }
 
   T& operator[](int64_t index) {
@@ -68,6 +72,7 @@ class SharedArray {
 
  private:
   T data_[kCount];
+  int64_t block_ = -1;
 };
 
 inline bool is_inside(const void* address, size_t bytes, const void* start, size_t size) {

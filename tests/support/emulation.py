@@ -1,7 +1,7 @@
 """Compiles the CUDA kernels and their bindings for the CPU (tests/emulation) and loads them.
 
 ``torch.ops.softdimo_emulated.NAME`` is then the CUDA kernel of ``torch.ops.softdimo.NAME``, run on CPU
-tensors. Unchanged sources are not compiled again.
+tensors. A source is compiled again when it or a header that it includes has changed.
 
 With SOFTDIMO_EMULATION_SANITIZE=1 they are compiled with AddressSanitizer and UndefinedBehaviorSanitizer,
 whose run-time libraries have to be in the process from its start:
@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -68,27 +69,44 @@ def _run(command: list[str]) -> bytes:
 
 
 def _common_fingerprint() -> bytes:
-    """Of what every object depends on: the compiler, how it is called, the headers."""
+    """Of what every object depends on: the compiler, how it is called, the libraries' headers."""
     digest = hashlib.sha256(_run([_compiler()[0], "--version"]))
-    digest.update(repr((_compiler(), sys.version, pybind11.__version__)).encode())
-    folders = (EMULATION, ROOT / "csrc" / "include", ROOT / "csrc" / "bind_cuda")
-    headers = [header for folder in folders for header in folder.rglob("*.*h")]
-    for path in sorted(headers):
-        digest.update(path.read_bytes())
+    versions = (_compiler(), sys.version, pybind11.__version__, torch.__version__)
+    digest.update(repr(versions).encode())
     return digest.digest()
+
+
+def _inputs(rule: Path) -> list[Path]:
+    """What an object was made of, by the rule that the compiler wrote: "OBJECT: SOURCE HEADER ..."."""
+    words = rule.read_text().replace("\\\n", " ").split() if rule.exists() else []
+    return [Path(name) for name in words[1:]]
+
+
+def _fingerprint(common: bytes, inputs: list[Path]) -> str:
+    digest = hashlib.sha256(common)
+    for path in inputs:
+        digest.update(str(path).encode())
+        digest.update(path.read_bytes() if path.exists() else b"")
+    return digest.hexdigest()[:16]
 
 
 def _object(source: Path, folder: Path, common: bytes) -> Path:
     """The object file of a source, named by all that it depends on."""
-    digest = hashlib.sha256(common + source.read_bytes()).hexdigest()[:16]
     name = f"{source.parent.name}-{source.stem}"
-    target = folder / f"{name}-{digest}.o"
-    if not target.exists():
+    rule = folder / f"{name}.d"
+    inputs = _inputs(rule)
+    target = folder / f"{name}-{_fingerprint(common, inputs)}.o"
+    if not inputs or not target.exists():
         for old in folder.glob(f"{name}-*.o"):
             old.unlink()
-        part = target.with_suffix(".part")
-        options = [RENAMED] if source == OPS else []
+        part = folder / f"{name}.part"
+        options = [*([RENAMED] if source == OPS else []), "-MMD", "-MF", str(rule)]
+        started = time.time()
         _run([*_compiler(), *options, "-c", "-x", "c++", str(source), "-o", str(part)])
+        inputs = _inputs(rule)
+        # What was edited meanwhile is compiled again next time.
+        edited = any(path.stat().st_mtime >= started for path in inputs)
+        target = folder / f"{name}-{'edited' if edited else _fingerprint(common, inputs)}.o"
         part.rename(target)
     return target
 

@@ -22,7 +22,9 @@ def test_every_operator_with_a_kernel_has_branches() -> None:
     bound = {name for name in OPERATORS if (ROOT / "csrc/bind_cuda" / f"{name}.cpp").is_file()}
     assert {name.split("-")[0] for name in names} == bound
     tests = [path.read_text() for path in (ROOT / "tests/gpu").glob("test_*.py")]
-    assert {name for name in bound if any(re.search(rf"\b{name}\(", text) for text in tests)} == bound
+    assert {
+        name for name in bound if any(re.search(rf"\b{name}\(", text) for text in tests)
+    } == bound
 
 
 @pytest.mark.parametrize("call", [pytest.param(call, id=name) for name, call in BRANCHES])

@@ -19,7 +19,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-EXTRAS ?= dev,demo,report,bench
+EXTRAS ?= dev,demo,report,bench,triton
 JOBS ?= $(shell nproc)
 PYTEST_ARGS ?=
 DEMO ?= runs/demo

@@ -11,6 +11,10 @@ import torch
 # A failed assert in a helper says what it compared, as in a test.
 pytest.register_assert_rewrite("support")
 
+# Before triton is imported: without a device its kernels run in its interpreter, on the CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 hypothesis.settings.register_profile(
     "default", deadline=None, max_examples=40, derandomize=True, print_blob=True
 )

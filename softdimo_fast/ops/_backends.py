@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -13,6 +14,16 @@ BACKENDS = ("cuda", "cpp", "triton", "reference")
 # Read once: torch.compile would otherwise have to guard on the environment in every call.
 PREFERRED = os.environ.get("SOFTDIMO_BACKEND") or None
 DEBUG = os.environ.get("SOFTDIMO_DEBUG", "0") not in ("", "0")
+
+# As triton reads it: its interpreter runs kernels on the CPU, slowly, to test them.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in (
+    "1",
+    "true",
+    "yes",
+    "on",
+    "y",
+)
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 if PREFERRED is not None and PREFERRED not in BACKENDS:
     raise ImportError(f"SOFTDIMO_BACKEND={PREFERRED!r} is none of {', '.join(BACKENDS)}")
@@ -73,4 +84,21 @@ def obstacles(tensor: torch.Tensor, *kernels: str) -> dict[str, str]:
             found[backend] = (
                 f"the {label} kernels need {needed} tensors, these are on {tensor.device}"
             )
+        elif backend == "triton":
+            found |= _triton_obstacle(tensor)
     return found
+
+
+def _triton_obstacle(tensor: torch.Tensor) -> dict[str, str]:
+    if not TRITON_INSTALLED:
+        why = "triton is not installed; pip install 'softdimo-fast[triton]' brings it"
+    elif tensor.device.type == "cpu" and not TRITON_INTERPRETED:
+        why = (
+            "the Triton kernels need CUDA tensors, these are on the CPU, where TRITON_INTERPRET=1 in the "
+            "environment runs them in Triton's interpreter, slowly"
+        )
+    elif tensor.device.type != "cpu" and TRITON_INTERPRETED:
+        why = "TRITON_INTERPRET is set, and Triton's interpreter takes CPU tensors"
+    else:
+        return {}
+    return {"triton": why}

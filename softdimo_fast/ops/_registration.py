@@ -11,6 +11,7 @@ from torch import Tensor
 
 REFERENCE = "softdimo_reference"
 KERNELS = "softdimo"
+TRITON = "softdimo_triton"
 
 
 def reference_operator(
@@ -137,6 +138,39 @@ def register_double_backward(
         return tuple(placed)
 
     return differentiable(name, gradients, save_inputs)
+
+
+def triton_operator(
+    name: str,
+    forward: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any],
+    fake_backward: Callable[..., Any],
+    *,
+    save: Callable[..., None],
+    gradients: Callable[..., Any],
+    formula: Callable[..., Any],
+) -> None:
+    """Registers ``softdimo_triton::name`` and ``name_backward`` from functions that launch Triton kernels.
+
+    Opaque, as every operator here: a compiled call launches what the eager call launches, and so gives its
+    bits; torch's own compilation of a Triton kernel may choose other ones.
+
+    Args:
+        save, gradients: the autograd rule, as :func:`torch.library.register_autograd` takes it.
+        formula: plain torch equal to ``backward``, which double backward differentiates.
+    """
+    for suffix, fn, its_fake in (("", forward, fake), ("_backward", backward, fake_backward)):
+        operator = torch.library.custom_op(
+            f"{TRITON}::{name}{suffix}",
+            fn,
+            mutates_args=(),
+            schema=torch.library.infer_schema(fn, mutates_args=()),
+        )
+        operator.register_fake(its_fake)
+        torch.library.register_vmap(operator, vmap_refusal(name))
+    torch.library.register_autograd(f"{TRITON}::{name}", gradients, setup_context=save)
+    register_double_backward(f"{TRITON}::{name}_backward", formula)
 
 
 def without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,6 +24,7 @@ from softdimo_fast.ops.token_divergence import (
     save_statistics,
     work,
 )
+from softdimo_fast.ops.triton import distribution_matching_loss as _triton  # noqa: F401  (registers it)
 
 NAME = "distribution_matching_loss"
 
@@ -110,6 +111,8 @@ def distribution_matching_loss(
     )  # fmt: skip
     if call.choice.backend in ("cpp", "cuda"):
         loss, _ = _forward(*call[:-1])
+    elif call.choice.backend == "triton":
+        loss, _ = torch.ops.softdimo_triton.distribution_matching_loss(*call[:-1])
     else:
         loss = torch.ops.softdimo_reference.distribution_matching_loss(*call[:-1])
     return loss  # type: ignore[no-any-return]

@@ -12,6 +12,8 @@ from softdimo_fast.ops import _backends, _library, _random, _registration
 from softdimo_fast.ops._explain import Explanation, explains
 from softdimo_fast.ops.reference import soft_embedding as reference
 from softdimo_fast.ops.reference.common import compute_dtype
+from softdimo_fast.ops.triton import layout as triton_layout
+from softdimo_fast.ops.triton import soft_embedding as triton_kernels
 
 NAME = "soft_embedding"
 
@@ -110,6 +112,12 @@ def soft_embedding(
             call.hard,
         )  # fmt: skip
         return output  # type: ignore[no-any-return]
+    if call.choice.backend == "triton":
+        output, *_ = torch.ops.softdimo_triton.soft_embedding(
+            call.logits, call.codebook, call.temperature, call.row_temperature, call.mask,
+            call.mask_embedding, call.seed, call.row_ids, call.high_precision, call.hard,
+        )  # fmt: skip
+        return output  # type: ignore[no-any-return]
     return torch.ops.softdimo_reference.soft_embedding(*call[:-2])  # type: ignore[no-any-return]
 
 
@@ -165,7 +173,10 @@ def _prepare(
 def _obstacles(
     logits: Tensor, codebook: Tensor, *others: Tensor | None, truncates: bool
 ) -> dict[str, str]:
-    obstacles = _backends.obstacles(logits, "cpp", "cuda")
+    obstacles = _backends.obstacles(logits, "cpp", "cuda", "triton")
+    beyond = triton_kernels.obstacle(logits, codebook, *others, truncates=truncates)
+    if beyond is not None:
+        obstacles.setdefault("triton", beyond)
     if "cuda" in obstacles:
         return obstacles
     width = codebook.shape[-1]
@@ -330,6 +341,10 @@ def _cuda_kernel(call: _Call) -> str:
     return f"softdimo::soft_embedding, CUDA, products in {products}"
 
 
+def _triton_kernel(call: _Call) -> str:
+    return triton_kernels.kernel(call.logits, call.codebook, call.high_precision)
+
+
 def _cpp_kernel(call: _Call) -> str:
     """The C++ kernel of a call: its instruction set and what it multiplies in."""
     isa = _library.cpu_isa()
@@ -352,13 +367,15 @@ def _explain(logits: Tensor, codebook: Tensor, **options: Any) -> Explanation:
     vocabulary, width = codebook.shape[-2:]
     rows = logits.numel() // vocabulary
     backend = call.choice.backend
-    cpp, fused = backend == "cpp", backend in ("cpp", "cuda")
-    kernels = {"cpp": _cpp_kernel, "cuda": _cuda_kernel}
+    cpp, fused = backend == "cpp", backend != "reference"
+    kernels = {"cpp": _cpp_kernel, "cuda": _cuda_kernel, "triton": _triton_kernel}
     notes = []
-    if fused and logits.stride(-1) != 1 and vocabulary > 1:
+    if backend in ("cpp", "cuda") and logits.stride(-1) != 1 and vocabulary > 1:
         notes.append(f"logits have stride {logits.stride(-1)} along V: one contiguous copy is made")
     if cpp and (options.get("top_k") is not None or options.get("top_p") is not None):
         notes.append("top_k and top_p take a pass over the logits of their own")
+    if backend == "triton":
+        notes += triton_layout.copy_notes(logits=logits)
     if not fused:
         notes.append("the [N, V] probabilities are written to memory; rows are not batch-invariant")
     return Explanation(

@@ -13,6 +13,8 @@ from softdimo_fast.ops import _backends, _library, _registration
 from softdimo_fast.ops._explain import Explanation, explains
 from softdimo_fast.ops.reference import divergence as reference
 from softdimo_fast.ops.reference.common import compute_dtype
+from softdimo_fast.ops.triton import layout as triton_layout
+from softdimo_fast.ops.triton import token_divergence as _triton  # noqa: F401  (registers the operator)
 
 NAME = "token_divergence"
 KINDS = ("forward_kl", "reverse_kl", "jeffreys")
@@ -102,6 +104,8 @@ def token_divergence(
     )  # fmt: skip
     if call.choice.backend in ("cpp", "cuda"):
         value, _ = _forward(*call[:-1])
+    elif call.choice.backend == "triton":
+        value, _ = torch.ops.softdimo_triton.token_divergence(*call[:-1])
     else:
         value = torch.ops.softdimo_reference.token_divergence(*call[:-1])
     return value  # type: ignore[no-any-return]
@@ -210,12 +214,15 @@ def check_weight(
 
 def obstacles(logits: Tensor, *others: Tensor | None) -> dict[str, str]:
     """What keeps each backend from a divergence of these tensors."""
-    found = _backends.obstacles(logits, "cpp", "cuda")
+    found = _backends.obstacles(logits, "cpp", "cuda", "triton")
+    wide = compute_dtype(logits, *others) == torch.float64
+    if "triton" not in found and wide:
+        found["triton"] = "the Triton kernels compute in float32, and an input is float64"
     if "cuda" in found:
         return found
     if _library.CUDA_OBSTACLE is not None:
         found["cuda"] = _library.CUDA_OBSTACLE
-    elif compute_dtype(logits, *others) == torch.float64:
+    elif wide:
         found["cuda"] = "the CUDA kernel computes in float32, and an input is float64"
     return found
 
@@ -322,12 +329,15 @@ def kernel(operator: str, choice: _backends.Choice) -> str:
     kernels = {
         "cpp": f"softdimo::{operator}, {_library.cpu_vector_isa()}",
         "cuda": f"softdimo::{operator}, CUDA",
+        "triton": f"softdimo_triton::{operator}",
     }
     return kernels.get(choice.backend, "plain torch")
 
 
 def copy_notes(choice: _backends.Choice, **logits: Tensor | None) -> tuple[str, ...]:
     """The logits that the kernels cannot walk in place."""
+    if choice.backend == "triton":
+        return tuple(triton_layout.copy_notes(**logits))
     if choice.backend == "reference":
         return ()
     return tuple(

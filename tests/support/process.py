@@ -12,7 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def run_python(
-    *arguments: str, folder: Path = ROOT, environment: dict[str, str] | None = None
+    *arguments: str,
+    folder: Path = ROOT,
+    environment: dict[str, str] | None = None,
+    timeout: float = 120,
 ) -> subprocess.CompletedProcess[str]:
     """``python *arguments`` with the package of ``folder`` first on the path, and no SOFTDIMO_ variable."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SOFTDIMO_")}
@@ -25,7 +28,7 @@ def run_python(
         env={**kept, "PYTHONPATH": str(folder), **(environment or {})},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
     )
 
 

@@ -19,10 +19,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 # Instructions, by what they are there for.
 COUNTED = {
     "loads_128": r"LDG\.E.*\.128",
@@ -109,9 +111,21 @@ def kernels(library: Path, architecture: str) -> dict[str, Kernel]:
     for line in _cuobjdump("-sass", "-arch", architecture, str(library)).splitlines():
         if match := re.match(r"\s*Function : (\S+)", line):
             name = readable(match[1])
-        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
+        elif match := _OPCODE.match(line):
             found[name].instructions[match[1]] += 1
     return found
+
+
+def only_kernel(cubin: bytes) -> Kernel:
+    """The kernel in machine code of one architecture."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (_cuobjdump(option, file.name) for option in ("-res-usage", "-sass"))
+    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert match, usage
+    registers, stack, shared, local = map(int, match.groups())
+    return Kernel(registers, stack, local, shared, Counter(_OPCODE.findall(code)))
 
 
 class _Symbol:

@@ -57,7 +57,7 @@ class Case(NamedTuple):
             z = torch.where(mask.unsqueeze(-1), 0.0, z)
         if self.options.get("noise"):
             rows = default_row_ids(self.options.get("row_ids"), z.shape[:-1], z.device)
-            seed = torch.tensor([self.options["seed"], 0])
+            seed = torch.tensor([self.options["seed"], 0], device=z.device)
             z = z + gumbel(seed, rows, z.shape[-1], torch.float32).to(dtype)
         scale = (
             self.options.get("temperature", 1.0) if temperature is None else temperature.to(dtype)
@@ -74,9 +74,9 @@ class Case(NamedTuple):
         return out.to(codebook.dtype)
 
 
-def multiplies_bfloat16(case: Case) -> bool:
-    """Whether the C++ kernel multiplies this call in bfloat16 here."""
-    options = dict(case.options) | {"backend": "cpp", "mask_embedding": case.mask_embedding}
+def multiplies_bfloat16(case: Case, backend: str = "cpp") -> bool:
+    """Whether the backend's kernel multiplies this call in bfloat16 here."""
+    options = dict(case.options) | {"backend": backend, "mask_embedding": case.mask_embedding}
     if case.temperature is not None:
         options["temperature"] = case.temperature
     return "bfloat16" in str(explain(soft_embedding, case.logits, case.codebook, **options).kernel)
@@ -112,8 +112,8 @@ def small_case(noise: bool = False, grouped: bool = False, **options: Any) -> Ca
 def assert_close_to_float64(case: Case, backend: str) -> None:
     """Value and every gradient keep the numerics contract."""
     tensors = case.tensors()
-    upstream = torch.randn(case.call(backend)(*tensors).shape)
-    case = case._replace(autocast=backend == "cpp" and multiplies_bfloat16(case))
+    upstream = torch.randn(case.call(backend)(*tensors).shape, device=case.logits.device)
+    case = case._replace(autocast=multiplies_bfloat16(case, backend))
     wide = case._replace(
         **{
             name: None if t is None else t.double()

@@ -215,7 +215,7 @@ def _compare_rows(
     return compare(teacher, model, teacher_temperature, model_temperature), scale
 
 
-def _counted(values: Tensor, mask: Tensor | None, weight: Tensor | None) -> Tensor:
+def counted(values: Tensor, mask: Tensor | None, weight: Tensor | None) -> Tensor:
     """Values over the rows times the weight; 0 in rows that do not count, whatever both hold there."""
     if mask is not None:
         values = torch.where(mask, values, 0.0)
@@ -235,7 +235,7 @@ def token_divergence(
         teacher_logits, model_logits, teacher_uncond_logits, guidance_scale, row_guidance,
         teacher_temperature, model_temperature, mask, dtype,
     )  # fmt: skip
-    values = _counted(divergence(pair, forward_weight, reverse_weight), mask, weight)
+    values = counted(divergence(pair, forward_weight, reverse_weight), mask, weight)
     if reduction == "none":
         return values
     return values.sum() / mean_divisor(values, mask) if reduction == "mean" else values.sum()
@@ -259,7 +259,7 @@ def token_divergence_backward(
     upstream = grad.to(dtype).expand(model_logits.shape[:-1])
     if reduction == "mean":
         upstream = upstream / mean_divisor(upstream, mask)
-    upstream = _counted(upstream, mask, weight).unsqueeze(-1)
+    upstream = counted(upstream, mask, weight).unsqueeze(-1)
 
     dteacher, dmodel, duncond = (model_logits.new_empty(0) for _ in range(3))
     if wanted[1]:
@@ -279,7 +279,7 @@ def token_divergence_backward(
     )
 
 
-def _sample_divisor(mask: Tensor, normalization: str, dtype: torch.dtype) -> Tensor:
+def sample_divisor(mask: Tensor, normalization: str, dtype: torch.dtype) -> Tensor:
     """What each row is divided by, broadcastable to the rows ``[B, ...]``."""
     if normalization == "sum":
         return torch.ones((), dtype=dtype, device=mask.device)
@@ -312,8 +312,8 @@ def distribution_matching_loss(
         teacher_logits, auxiliary_logits, teacher_uncond_logits, guidance_scale, row_guidance,
         teacher_temperature, auxiliary_temperature, mask, dtype,
     )  # fmt: skip
-    values = _counted(divergence(pair, forward_weight, reverse_weight), mask, weight)
-    return (values / _sample_divisor(mask, normalization, dtype)).sum()
+    values = counted(divergence(pair, forward_weight, reverse_weight), mask, weight)
+    return (values / sample_divisor(mask, normalization, dtype)).sum()
 
 
 def distribution_matching_loss_backward(
@@ -335,7 +335,7 @@ def distribution_matching_loss_backward(
         teacher_logits, auxiliary_logits, teacher_uncond_logits, guidance_scale, row_guidance,
         teacher_temperature, auxiliary_temperature, mask, dtype,
     )  # fmt: skip
-    upstream = (grad.to(dtype) / _sample_divisor(mask, normalization, dtype)).expand(mask.shape)
-    upstream = _counted(upstream, mask, weight).unsqueeze(-1)
+    upstream = (grad.to(dtype) / sample_divisor(mask, normalization, dtype)).expand(mask.shape)
+    upstream = counted(upstream, mask, weight).unsqueeze(-1)
     gradient = gradient_to_q(pair, forward_weight, reverse_weight)
     return wanted_or_empty(wanted[0], gradient * (upstream / auxiliary_temperature), student_logits)

@@ -36,8 +36,11 @@ set(cuda_sources
     csrc/cuda/masked_cross_entropy.cu
     csrc/cuda/row_sum.cu
     csrc/cuda/sample_tokens.cu
+    csrc/cuda/soft_embedding_dcodebook.cu
+    csrc/cuda/soft_embedding_dlogits.cu
     csrc/cuda/soft_embedding_forward.cu
     csrc/cuda/soft_embedding_pack.cu
+    csrc/cuda/soft_embedding_prepare.cu
     csrc/cuda/soft_embedding_tiny_dcodebook.cu
     csrc/cuda/soft_embedding_tiny_dlogits.cu
     csrc/cuda/soft_embedding_tiny_forward.cu
@@ -49,6 +52,7 @@ set(cuda_bindings
     csrc/bind_cuda/masked_cross_entropy.cpp
     csrc/bind_cuda/sample_tokens.cpp
     csrc/bind_cuda/soft_embedding.cpp
+    csrc/bind_cuda/soft_embedding_backward.cpp
     csrc/bind_cuda/token_divergence.cpp
     csrc/bind_cuda/token_statistics.cpp)
 

@@ -56,7 +56,7 @@ struct SoftEmbeddingBackwardParams {
   RowRecord* records;  // [G, padded positions]
   uint16_t* upstream;  // [G, padded positions, terms, product width]: grad as products take it
   const void* packed;  // the codebook by softdimo_soft_embedding_pack, or null where it is_packed
-  RowPartial* partials;  // [chunks, rows]
+  RowPartial* partials;  // [G, padded positions / kTileRows, chunks, kTileRows]
   int splits;            // parts of the rows of dcodebook
   float* dcodebook;      // [splits, G, V, D]
   float* mask_parts;     // [parts, G, D]
@@ -89,6 +89,13 @@ inline int gradient_splits(const SoftEmbeddingParams& call) {
   const int64_t wanted = (kBlocks + tiles - 1) / tiles, most = call.rows / call.groups / kLeastPositions;
   const int64_t splits = wanted < most ? wanted : most;
   return splits < 1 ? 1 : static_cast<int>(splits);
+}
+
+// What the parts of dcodebook are to be multiplied by. In half precision p is taken times 2^15: it is at most 1, and of
+// use far below the smallest half.
+constexpr float kHalfScale = 32768.0f;
+inline float gradient_factor(const SoftEmbeddingParams& call) {
+  return call.codebook_type == DType::float16 ? 1.0f / kHalfScale : 1.0f;
 }
 
 // out[i] = factor * sum over parts of parts[part, i], in index order, in the given type.

@@ -126,7 +126,10 @@ cudaError_t launch(const ForwardArguments& a, cudaStream_t stream) {
   const int shared = Shape::kStages * Shape::kStageBytes + warps * WarpRows<Shape>::kSharedBytes;
   const auto kernel = soft_embedding_forward_kernel<kBytes, kTerms, kWidth, kNoise>;
   const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  if (allowed != cudaSuccess) return allowed;
+  if (allowed != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());  // else the next launch would find it
+    return allowed;
+  }
   SOFTDIMO_LAUNCH(kernel, static_cast<unsigned>(blocks), 32 * warps, shared, stream, a);
   return cudaGetLastError();
 }

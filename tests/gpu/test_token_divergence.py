@@ -155,7 +155,8 @@ def test_loss_against_the_cpu(normalization: str) -> None:
         for device in (DEVICE, "cpu")
     )  # fmt: skip
     torch.testing.assert_close(value.cpu(), true, rtol=2e-6, atol=0)
-    torch.testing.assert_close(gradient.cpu(), true_gradient, rtol=1e-5, atol=1e-9)
+    # In norm: where p and q nearly agree, their difference keeps the rounding of either.
+    assert float((gradient.cpu() - true_gradient).norm()) <= 2e-6 * float(true_gradient.norm())
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])

@@ -73,7 +73,8 @@ def assert_compiles_bitwise(fn: Callable[..., Tensor], *inputs: Tensor) -> None:
 def _fixed_upstream(fn: Callable[..., Tensor], inputs: Iterable[Tensor]) -> Tensor:
     with torch.no_grad():
         value = fn(*inputs)
-    return torch.linspace(-1, 1, max(value.numel(), 1))[: value.numel()].reshape(value.shape) + 0.1
+    steps = torch.linspace(-1, 1, max(value.numel(), 1), device=value.device)
+    return steps[: value.numel()].reshape(value.shape) + 0.1
 
 
 def assert_exports(fn: Callable[..., Tensor], *inputs: Tensor) -> None:

@@ -1,12 +1,16 @@
 // soft_embedding, forward, for D <= 128: e[n] = sum_v p[n, v] E[v] with p = softmax(y / T), y = logits + noise.
 //
 //   formula   per row, over v: top = max y, w = exp((y - top) / T), sum w, sum w E; e = sum w E / sum w
-//   bytes     b V + (1 + 1/2) b' D or so per row: each logit (b bytes) once, the value, the float32 value kept beside a
-//             16-bit one; the codebook once from memory, then V W / 128 bytes per row from L2 (W: padded D)
+//   bytes     b V per row, each logit (b bytes) once; the value, and 4 D of the float32 value kept beside a 16-bit
+//             one; the codebook once from memory, then from L2: 2 W / 192 bytes for every logit (W: padded D)
 //   FLOPs     2 V D per row (float32 codebook: 12 V D), V exponentials
 //   floor     memory, at 1.8 / 3.0 / 4.3 TB/s (A100 / H100 / H200): 8192 rows of V = 8192, D = 64 in bfloat16 are
-//             136 MB, so 76 / 45 / 32 us; 32768 rows 301 / 181 / 126 us. With noise the instructions bind, not memory
-//   tiles     a warp has 16 rows, a block up to 16 warps, which share tiles of the codebook:
+//             136 MB, so 76 / 45 / 32 us; 32768 rows 301 / 181 / 126 us. The instructions of bfloat16 in one term, some
+//             12 a logit, need 166 / 104 / 104 us of those. With noise they bind, not memory
+//   registers 162 of 168 for D <= 64 and 16-bit codebooks: one block of 12 warps on a multiprocessor, each with 2 to
+//             4 KB of logits on the way, 24 to 48 KB together; D > 64 and float32 codebooks: 8 warps
+//   shared    3 stages of the codebook and 4.9 or 9 KB a warp for sums: 106 KB for D <= 64 in one term, 143 KB at most
+//   tiles     a warp has 16 rows, a block up to 12 warps, which share tiles of the codebook:
 //
 //             logits [16, unit]  --registers-->  w  --registers-->  left factor  --mma-->  sums [16, W]
 //             codebook [tile, W] --cp.async, 3 stages--> shared memory --ldmatrix--> right factor
@@ -17,8 +21,8 @@
 //
 // Logits never pass through shared memory. A lane asks for the next tile's 16 bytes as soon as it has used this tile's.
 //
-// Sums start anew in every chunk. With many rows a block walks over the chunks and joins them in shared memory; with few
-// every chunk has a block of its own and a second kernel joins them. Rows, warps and blocks do not touch each other's
+// Sums start anew in every chunk. With many rows a block walks over the chunks and joins them in shared memory; with
+// few every chunk has a block of its own and a second kernel joins them. Rows, warps and blocks do not touch each other's
 // arithmetic, so a row's bits depend on nothing but the row.
 //
 // A 16-bit codebook: w enters products rounded, in one or two terms, relative to the row's largest y so far, and the
@@ -176,12 +180,13 @@ extern "C" int softdimo_soft_embedding_forward(const SoftEmbeddingForwardParams*
   if (call.rows <= 0) return cudaSuccess;
   ForwardArguments a{*params, {}, {}, chunks_of(call)};
   if (is_packed(call)) {
-    a.codebook = {static_cast<const uint16_t*>(call.codebook), 0, call.codebook_stride[0], call.codebook_stride[1]};
+    a.codebook = {static_cast<const uint16_t*>(call.codebook), 0, call.codebook_stride[0],
+                  static_cast<int>(call.codebook_stride[1])};
   } else {
     const int error = softdimo_soft_embedding_pack(&call, params->packed, stream);
     if (error != cudaSuccess) return error;
     const int64_t width = padded_width(call.width), group = call.vocabulary * width;
-    a.codebook = {static_cast<const uint16_t*>(params->packed), call.groups * group, group, width};
+    a.codebook = {static_cast<const uint16_t*>(params->packed), call.groups * group, group, static_cast<int>(width)};
   }
   if (splits(call)) {
     char* workspace = static_cast<char*>(params->workspace);

@@ -68,7 +68,7 @@ inline int64_t codebook_terms(DType type) { return type == DType::float32 ? 3 : 
 // Whether rows of the codebook can be copied 16 bytes at a time as they are.
 inline bool is_packed(const SoftEmbeddingParams& p) {
   return p.codebook_type != DType::float32 && p.width == padded_width(p.width) && p.codebook_stride[2] == 1 &&
-         p.codebook_stride[1] % 8 == 0 && p.codebook_stride[0] % 8 == 0 &&
+         p.codebook_stride[1] % 8 == 0 && p.codebook_stride[1] <= INT32_MAX && p.codebook_stride[0] % 8 == 0 &&
          reinterpret_cast<uintptr_t>(p.codebook) % 16 == 0;
 }
 

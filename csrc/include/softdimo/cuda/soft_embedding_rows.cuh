@@ -209,7 +209,9 @@ class WarpRows {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
 #pragma unroll
-        for (int i = 0; i < Unit<Shape>::kCount; i += 4) add_noise(r, word(tile, u, 0) * Shape::kWord + i, unit, i, noisy);
+        for (int i = 0; i < Unit<Shape>::kCount; i += 4) {
+          add_noise(r, word(tile, u, 0) * Shape::kWord + i, unit, i, noisy);
+        }
       }
       return noisy;
     }
@@ -308,7 +310,9 @@ class WarpRows {
   }
 
   __device__ __forceinline__ void write_results() const {
-    each_value([&](int64_t row, int d, float products, const RowSums& sums) { write_result(a_.p, row, d, products, sums); });
+    each_value([&](int64_t row, int d, float products, const RowSums& sums) {
+      write_result(a_.p, row, d, products, sums);
+    });
   }
 
   __device__ __forceinline__ void write_chunk(int chunk) const {

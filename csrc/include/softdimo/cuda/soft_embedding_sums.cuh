@@ -78,7 +78,7 @@ __device__ __forceinline__ void write_result(const SoftEmbeddingForwardParams& p
   float value = soft;
   if (masked) {
     value = load_element(call.mask_embedding, call.mask_embedding_type, group * call.width + d);
-  } else if (p.hard && sums.sum > 0.0f) {  // NaN or 0 exactly where the row holds no distribution: its soft value is NaN
+  } else if (p.hard && sums.sum > 0.0f) {  // else the row holds no distribution, and its soft value is NaN
     const int64_t entry = group * call.codebook_stride[0] + sums.peak * call.codebook_stride[1];
     value = load_element(call.codebook, call.codebook_type, entry + d * call.codebook_stride[2]);
   }

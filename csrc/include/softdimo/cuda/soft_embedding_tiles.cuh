@@ -27,10 +27,11 @@ namespace softdimo::cuda {
 // The codebook as products take it: rows of 16-bit numbers, 16 bytes aligned.
 struct CodebookRows {
   const uint16_t* data;
-  int64_t term_stride, group_stride, stride;
+  int64_t term_stride, group_stride;
+  int stride;
 };
 
-// kBytes: of a logit. kTerms: of p, where 3 means that the codebook has three terms too. kWidth: columns of the codebook.
+// kBytes: of a logit. kTerms: of p; 3 means that the codebook has three too. kWidth: padded columns of the codebook.
 template <int kLogitBytes, int kProductTerms, int kColumns, bool kWithNoise>
 struct ForwardShape {
   static constexpr int kBytes = kLogitBytes, kTerms = kProductTerms, kWidth = kColumns;
@@ -66,12 +67,13 @@ class CodebookTiles {
   // Starts copying a tile into its stage; entries past the last are zeros.
   __device__ __forceinline__ void start(int tile) const {
     unsigned char* to = shared_ + tile % Shape::kStages * Shape::kStageBytes;
+    const int piece = threadIdx.x % kPieces;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < Shape::kStageBytes / 16; i += blockDim.x) {
-      const int row = i / kPieces, piece = i % kPieces, plane = row / Shape::kTile;
+    for (int row = threadIdx.x / kPieces; row < Shape::kPlanes * Shape::kTile; row += blockDim.x / kPieces) {
       const int entry = tile * Shape::kTile + row % Shape::kTile;
       const bool exists = entry < entries_;
-      const uint16_t* source = data_ + plane * rows_.term_stride + (exists ? entry : 0) * rows_.stride + piece * 8;
+      const uint16_t* source = data_ + static_cast<int64_t>(exists ? entry : 0) * rows_.stride + piece * 8;
+      if (Shape::kPlanes > 1) source += row / Shape::kTile * rows_.term_stride;
       const int place = row / Shape::kWord % 4 * 2 + row % 2;
       ptx::copy_async_16(to + row * kRowBytes + 16 * (piece ^ place), source, exists ? 16 : 0);
     }

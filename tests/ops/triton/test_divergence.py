@@ -18,13 +18,13 @@ from support.checks import (
 )
 from support.contract import FLOORS, assert_contract
 from support.soft_embedding import strided
-from support.triton import DEVICE, DTYPES, needs_triton, quiet
+from support.triton import DEVICE, DTYPES, needs_triton, quiet, where
 from torch import Tensor
 
 from softdimo_fast import distribution_matching_loss, explain, token_divergence
 from softdimo_fast.ops.triton import divergence as kernels
 
-pytestmark = [needs_triton, quiet]
+pytestmark = [needs_triton, quiet, *where]
 
 KINDS: tuple[dict[str, Any], ...] = (
     {"kind": "forward_kl"},
@@ -89,8 +89,11 @@ def assert_close_to_float64(tensors: list[Tensor], **options: Any) -> None:
 # values and gradients
 
 
-@pytest.mark.parametrize("options", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.float32, kind) for kind in KINDS]
+    + [(torch.bfloat16, KINDS[0]), (torch.float16, KINDS[2])],
+)
 def test_float64(dtype: torch.dtype, options: dict[str, Any]) -> None:
     tensors = [(3 * randn(257, 45)).to(dtype) for _ in range(3)]
     options = options | {
@@ -102,7 +105,7 @@ def test_float64(dtype: torch.dtype, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("short_chunks")
-@pytest.mark.parametrize("options", KINDS[:3])
+@pytest.mark.parametrize("options", [KINDS[0], KINDS[2]])
 def test_rows_in_many_chunks(options: dict[str, Any]) -> None:
     """Peaks, and what one side rules out, in the first, a middle and the last chunk."""
     teacher, model = 3 * randn(2, 256, 70)
@@ -146,7 +149,7 @@ def cases(draw: st.DrawFn) -> tuple[list[Tensor], dict[str, Any]]:
 
 
 @given(case=cases())
-@settings(max_examples=8)
+@settings(max_examples=5)
 def test_contract(case: tuple[list[Tensor], dict[str, Any]]) -> None:
     assert_close_to_float64(case[0], **case[1])
 
@@ -154,7 +157,7 @@ def test_contract(case: tuple[list[Tensor], dict[str, Any]]) -> None:
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize(
     ("distance", "size", "offset"),
-    [(1e-2, 1.0, 0.0), (1e-4, 1.0, 0.0), (1e-6, 1.0, 0.0), (1e-5, 20.0, 0.0), (1e-3, 3.0, 4096.0)],
+    [(1e-2, 1.0, 0.0), (1e-6, 1.0, 0.0), (1e-5, 20.0, 0.0), (1e-3, 3.0, 4096.0)],
 )
 def test_nearly_equal_logits_do_not_cancel(
     kind: str, distance: float, size: float, offset: float

@@ -16,7 +16,7 @@ from support.checks import (
     operators_run,
 )
 from support.soft_embedding import Case, assert_close_to_float64, strided
-from support.triton import DEVICE, DTYPES, needs_triton, quiet
+from support.triton import DEVICE, DTYPES, needs_triton, quiet, where
 from torch import Tensor
 
 from softdimo_fast import explain, soft_embedding
@@ -24,7 +24,7 @@ from softdimo_fast.ops.reference import random as specification
 from softdimo_fast.ops.triton import layout
 from softdimo_fast.ops.triton import soft_embedding as kernels
 
-pytestmark = [needs_triton, quiet]
+pytestmark = [needs_triton, quiet, *where]
 
 
 def randn(*shape: int) -> Tensor:
@@ -59,14 +59,17 @@ def make_case(
 # values and gradients
 
 
-@pytest.mark.parametrize("table", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [1, 7, 8, 9, 16, 33])
+@pytest.mark.parametrize(
+    ("table", "width"),
+    [(torch.float32, width) for width in (1, 7, 9, 33)]
+    + [(torch.bfloat16, 8), (torch.bfloat16, 33), (torch.float16, 7), (torch.float16, 16)],
+)
 def test_float64(table: torch.dtype, width: int) -> None:
     """Narrow and wide codebooks of each dtype; V ends within a tile."""
     assert_close_to_float64(make_case((257,), 45, width, table, table), "triton")
 
 
-@pytest.mark.parametrize("width", [64, 65, 128])
+@pytest.mark.parametrize("width", [65, 128])
 def test_wide_codebooks(width: int) -> None:
     assert_close_to_float64(make_case((256,), 30, width, torch.float32, torch.float32), "triton")
 
@@ -107,7 +110,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @given(case=cases())
-@settings(max_examples=4)
+@settings(max_examples=3)
 def test_contract(case: Case) -> None:
     assert_close_to_float64(case, "triton")
 
@@ -146,7 +149,7 @@ def test_logit_gradients_sum_to_zero(dtype: torch.dtype) -> None:
 def test_temperature_gradient_of_nearly_uniform_rows(width: int) -> None:
     """The rounding of delta is common to a row's dlogits: about max y it would add up over V."""
     temperature = torch.rand(256, device=DEVICE) + 0.5
-    case = Case(0.1 * randn(256, 130), randn(130, width), temperature, None, {})
+    case = Case(0.1 * randn(256, 70), randn(70, width), temperature, None, {})
     assert_close_to_float64(case, "triton")
 
 

@@ -59,11 +59,13 @@ inline PackedCodebook packed_codebook(const SoftEmbeddingBackwardParams& p) {
   return {static_cast<const uint16_t*>(p.packed), call.groups * group, group, width, static_cast<int>(width)};
 }
 
-// Lets a kernel have more shared memory than the 48 KB that need no permission.
+// Lets a kernel have that much dynamic shared memory. Always asked: of the 48 KB that need no permission, what the
+// kernel declares itself takes a part.
 template <typename Kernel>
 cudaError_t allow_shared(Kernel kernel, int bytes) {
-  if (bytes <= 48 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());  // else the next launch would find it
+  return error;
 }
 
 // ---------------------------------------------------------------------------------------------------

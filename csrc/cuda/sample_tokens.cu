@@ -3,11 +3,11 @@
 //   formula   token = argmax_v key[v],  key[v] = (z[v] - max z) / T - log(-log(1 - u[v])),  u from Philox
 //   bytes     b V + 8 per row: each logit (b bytes) once. Rows above 32 KB are read again in every sweep: twice, and
 //             once more for the log-probability; about 10 to 20 times more where they are truncated
-//   work      per logit about 25 instructions (of them 4.5 wide products), one logarithm in hardware, no other; with
+//   work      per logit about 23 instructions (of them 4.5 wide products), one logarithm in hardware, no other; with
 //             the log-probability 8 more and one exponential. top_k or top_p: 40 to 90 more, and a division if T is
 //             not 1
 //   floor     8192 rows of V = 8192 in bfloat16 are 134 MB: 75 / 45 / 31 us of memory at 1.8 / 3.0 / 4.3 TB/s (A100 /
-//             H100 / H200). The instructions need 86 / 54 / 54 us at 4 warp instructions per clock and multiprocessor:
+//             H100 / H200). The instructions need 79 / 50 / 50 us at 4 warp instructions per clock and multiprocessor:
 //             they are the wall, not memory. top_k or top_p: 230 / 140 / 140 us and more. Predictions, not measurements
 //   tiles     a block of 128 threads holds 8 rows or 1, by V alone:
 //

@@ -113,6 +113,19 @@ def test_small_temperatures_skip_chunks(emulated: ModuleType, vocabulary: int) -
         assert_agrees(found, run("softdimo", logits, temperature=temperature))
 
 
+@pytest.mark.parametrize("vocabulary", [400, 3000])
+def test_entries_that_one_thread_holds_in_several_chunks(
+    emulated: ModuleType, vocabulary: int
+) -> None:
+    """With few entries scores are far above keys: the best score may lose to the best of another chunk."""
+    apart = 64 if vocabulary == 400 else 512  # threads times the entries of a chunk
+    logits = torch.full((300, vocabulary), -torch.inf)
+    logits[:, 5::apart] = 0.3 * torch.randn(300, 1)
+    found = draw(emulated, logits)
+    assert_agrees(found, run("softdimo", logits))
+    assert found[0].unique().numel() == len(range(5, vocabulary, apart))
+
+
 # Words of Philox below 512 under seed 3: their score says nothing, u cannot be told from 0 by 23 bits.
 TINY_UNIFORMS = ((1354, 6241), (2634, 1277), (3617, 3921))
 
@@ -124,9 +137,12 @@ def test_uniforms_that_round_to_zero(emulated: ModuleType) -> None:
     for i, (_, at) in enumerate(TINY_UNIFORMS):
         for k, value in enumerate((0.0, -20.0, -12.0, -40.0, -torch.inf)):
             logits[5 * i + k, at] = value
+            if k > 0:  # the thread's next chunk is better, for all that this score says
+                logits[5 * i + k, at + 512] = 20
     found = draw(emulated, logits, row_ids=numbers, seed=seed)
     assert_agrees(found, run("softdimo", logits, row_ids=numbers, seed=seed))
     assert found[0][::5].tolist() == [at for _, at in TINY_UNIFORMS]
+    assert found[0][1::5].tolist() == [at + 512 for _, at in TINY_UNIFORMS]
 
 
 @given(

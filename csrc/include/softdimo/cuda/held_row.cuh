@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "softdimo/cuda/ptx.cuh"
 #include "softdimo/cuda/row_reader.cuh"
@@ -23,6 +24,36 @@ template <>
 constexpr uint32_t kMinusInfinityBits<__nv_bfloat16> = 0xff80u;
 template <>
 constexpr uint32_t kMinusInfinityBits<__half> = 0xfc00u;
+
+// The maximum of many chunks: NaN if there is one. Two numbers at a time where a word holds two.
+template <typename T>
+class Maximum {
+ public:
+  __device__ __forceinline__ void add(const uint4& bytes) {
+    word_ = larger(word_, larger(larger(bytes.x, bytes.y), larger(bytes.z, bytes.w)));
+  }
+  __device__ __forceinline__ float value() const {
+    if constexpr (sizeof(T) == 4) {
+      return __uint_as_float(word_);
+    } else {
+      const float2 pair = unpack_pair<T>(word_);
+      return ptx::max_or_nan(pair.x, pair.y);
+    }
+  }
+
+ private:
+  __device__ static __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      return ptx::max_or_nan_bf16(a, b);
+    } else if constexpr (std::is_same_v<T, __half>) {
+      return ptx::max_or_nan_f16(a, b);
+    } else {
+      return __float_as_uint(ptx::max_or_nan(__uint_as_float(a), __uint_as_float(b)));
+    }
+  }
+
+  uint32_t word_ = kMinusInfinityBits<T> * (sizeof(T) == 2 ? 0x10001u : 1u);
+};
 
 template <typename T, int kThreads, bool kResident>
 class HeldRow {
@@ -71,7 +102,11 @@ class HeldRow {
   __device__ __forceinline__ float fill_from(int thread) const {
     constexpr int kInFlight = kAligned ? 4 : 2;
     const int chunks = reader_.chunks();
-    float top = -INFINITY;
+    Maximum<T> top;
+    const auto keep = [&](int j, const uint4& bytes) {
+      if constexpr (kResident) held_[j] = bytes;
+      top.add(bytes);
+    };
     int j = thread;
     while (j < chunks) {
       if (reader_.template inside<kAligned>(j) && reader_.template inside<kAligned>(j + (kInFlight - 1) * kThreads)) {
@@ -79,24 +114,14 @@ class HeldRow {
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i) loaded[i] = reader_.template load<kAligned>(j + i * kThreads);
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i) top = keep(j + i * kThreads, loaded[i], top);
+        for (int i = 0; i < kInFlight; ++i) keep(j + i * kThreads, loaded[i]);
         j += kInFlight * kThreads;
       } else {
-        const bool inside = reader_.template inside<kAligned>(j);
-        top = keep(j, inside ? reader_.template load<kAligned>(j) : elements(j), top);
+        keep(j, reader_.template inside<kAligned>(j) ? reader_.template load<kAligned>(j) : elements(j));
         j += kThreads;
       }
     }
-    return top;
-  }
-
-  __device__ __forceinline__ float keep(int j, const uint4& bytes, float top) const {
-    if constexpr (kResident) held_[j] = bytes;
-    float z[kChunk];
-    RowReader<T>::unpack(bytes, z);
-#pragma unroll
-    for (float value : z) top = ptx::max_or_nan(top, value);
-    return top;
+    return top.value();
   }
 
   __device__ __forceinline__ uint32_t element(int column) const {

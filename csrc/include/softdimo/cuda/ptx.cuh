@@ -37,6 +37,18 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
   return y;
 }
 
+// The same of both halves of a word.
+__device__ __forceinline__ uint32_t max_or_nan_bf16(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+__device__ __forceinline__ uint32_t max_or_nan_f16(uint32_t a, uint32_t b) {
+  uint32_t y;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
 // Two numbers rounded to nearest even, `low` in the word's lower half: first in memory. The instruction names the
 // upper half first.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {

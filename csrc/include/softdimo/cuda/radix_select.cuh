@@ -50,6 +50,20 @@ __device__ __forceinline__ float value_of(uint32_t key) {
   return __uint_as_float(~ordered);
 }
 
+// Between the first and the last number whose key is `prefix` above `bit`. It may hold -0 where it should not.
+template <typename T>
+struct KeyRange {
+  float low = -INFINITY, high = INFINITY;
+
+  __device__ __forceinline__ KeyRange(int bit, uint32_t prefix) {
+    if (bit >= kKeyBits<T>) return;
+    const float first = value_of<T>(prefix << bit), last = value_of<T>((prefix << bit) | ((1u << bit) - 1));
+    if (first == first) low = first;  // keys beyond those of infinity are NaN
+    if (last == last) high = last;
+  }
+  __device__ __forceinline__ bool may_hold(float z) const { return (z >= low) & (z <= high); }
+};
+
 struct Selected {
   uint32_t key;
   double total;  // weight of all entries

@@ -12,6 +12,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cfloat>
 #include <cstdint>
 
 #include "softdimo/cuda/held_row.cuh"
@@ -36,7 +37,7 @@ struct Cut {
   int last;
 
   __device__ __forceinline__ float apply(float z, int v) const {
-    return z >= above || (z >= equal && v <= last) ? z : -INFINITY;
+    return (z >= above) | ((z >= equal) & (v <= last)) ? z : -INFINITY;  // no branch
   }
 };
 
@@ -57,6 +58,12 @@ struct Measure {
               a.equal + b.equal, 0};
     }
   };
+};
+
+// Logits whose x is surely below that of the boundary, or above: z < below, z > above. Few lie between, and only
+// those have to be divided to be compared.
+struct Window {
+  float below, above;
 };
 
 // How many of `most` equal entries top_p keeps, each of weight `own`, after entries that weigh `above`: those where
@@ -113,33 +120,46 @@ class Truncate {
     const bool infinite = by_mass && !(fabsf(x_top) < INFINITY);
     Selected selected{key_of<T>(top), 0.0};
     if (!infinite) {
-      selected = select_.find(kKeyBits<T>, target, [&](int, uint32_t, const auto& add) {
+      selected = select_.find(kKeyBits<T>, target, [&](int shift, uint32_t prefix, const auto& add) {
+        const KeyRange<T> range(shift + kDigitBits, prefix);
         row_.sweep(group_.thread(), 0, row_.chunks() - 1, [&](float z, int v) {
+          if (!range.may_hold(z)) return;
           add(key_of<T>(z), [&] {
+            if (!by_mass) return 1.0f;
             const float x = scaled(z);
             return before.keeps(x, v) ? weight(x) : 0.0f;
           });
         });
       });
     }
-    const float x = scaled(value_of<T>(selected.key));
-    const Measure measure = measure_at(x, before, weight);
+    const float z = value_of<T>(selected.key), x = scaled(z);
+    const Window window = window_of(z, x);
+    const Measure measure = measure_at(x, window, before, by_mass, weight);
     int wanted = 1;
     if (!infinite) {
       wanted = by_mass ? kept_ties(measure.above, weight(x), selected.total, target.share, measure.equal)
                        : static_cast<int>(target.number - measure.above);
     }
-    const int last = last_equal(x, before, wanted, measure.equal);
+    const int last = last_equal(x, window, before, wanted, measure.equal);
     return {{x, last}, {measure.least_above, measure.least_equal, last}};
   }
 
+  // Checked, not assumed: dividing keeps the order, so one logit speaks for all beyond it.
+  __device__ __forceinline__ Window window_of(float z, float x) const {
+    const float step = fmaf(fabsf(z), 1e-6f, FLT_MIN);
+    const float below = z - step, above = z + step;
+    return {scaled(below) < x ? below : -INFINITY, scaled(above) > x ? above : INFINITY};
+  }
+
   template <typename Weight>
-  __device__ __forceinline__ Measure measure_at(float boundary, const Kept& before, const Weight& weight) const {
+  __device__ __forceinline__ Measure measure_at(float boundary, const Window& window, const Kept& before, bool by_mass,
+                                                const Weight& weight) const {
     float above = 0.0f, least_above = INFINITY, least_equal = INFINITY;
     int equal = 0;
     row_.sweep(group_.thread(), 0, row_.chunks() - 1, [&](float z, int v) {
-      const float x = scaled(z);
-      if (x > boundary) {
+      if (z < window.below) return;
+      const float x = z <= window.above || by_mass ? scaled(z) : INFINITY;
+      if (z > window.above || x > boundary) {
         above += weight(x);
         least_above = fminf(least_above, z);
       } else if (x == boundary) {
@@ -151,7 +171,8 @@ class Truncate {
   }
 
   // The index of the last of the first `wanted` of `equal` entries kept before whose x is the boundary's.
-  __device__ __forceinline__ int last_equal(float boundary, const Kept& before, int wanted, int equal) const {
+  __device__ __forceinline__ int last_equal(float boundary, const Window& window, const Kept& before, int wanted,
+                                            int equal) const {
     if (wanted <= 0) return -1;
     const int64_t end = row_.columns() - 1;
     if (wanted >= equal) return boundary == before.threshold ? before.last : static_cast<int>(end);
@@ -165,6 +186,7 @@ class Truncate {
       const int64_t final = last < end ? last : end;
       const int first_chunk = static_cast<int>(first / Row::kChunk), last_chunk = static_cast<int>(final / Row::kChunk);
       row_.sweep(group_.thread(), first_chunk, last_chunk, [&](float z, int v) {
+        if (z < window.below || z > window.above) return;
         const float x = scaled(z);
         if (x == boundary && before.keeps(x, v)) add(static_cast<uint32_t>(highest - v), [] { return 1.0f; });
       });

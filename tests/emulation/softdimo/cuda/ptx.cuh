@@ -62,6 +62,18 @@ inline uint32_t max_f16x2(uint32_t a, uint32_t b) {
   return larger_halves(a, b, [](uint16_t bits) { return __half2float({bits}); });
 }
 
+inline uint32_t max_or_nan_bf16(uint32_t a, uint32_t b) {
+  const float low = max_or_nan(__uint_as_float(a << 16), __uint_as_float(b << 16));
+  return pack_bf16(low, max_or_nan(__uint_as_float(a & 0xffff0000u), __uint_as_float(b & 0xffff0000u)));
+}
+
+inline uint32_t max_or_nan_f16(uint32_t a, uint32_t b) {
+  const auto half = [](uint32_t word, int shift) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(word >> shift)));
+  };
+  return pack_f16(max_or_nan(half(a, 0), half(b, 0)), max_or_nan(half(a, 16), half(b, 16)));
+}
+
 inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SOFTDIMO_CALLER) {
   ::emulation::multiply_matrices(d, a, b, {"mma", file, line},
                                  [](uint16_t bits) { return __bfloat162float({bits}); });

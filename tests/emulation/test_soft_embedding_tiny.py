@@ -65,6 +65,15 @@ def run(
     return Found(value, row_max, row_sum, soft, *gradients_found)
 
 
+def by_row(found: Found) -> tuple[Tensor, ...]:
+    return (found.value, found.row_max, found.row_sum, found.dlogits)
+
+
+def assert_same(first: Found, second: Found) -> None:
+    for name, one, two in zip(Found._fields, first, second, strict=True):
+        assert_same_bits(one, two, name)
+
+
 def make(
     shape: tuple[int, int, int], rows: int = 64, dtype: torch.dtype = torch.float32,
     table: torch.dtype = torch.float32, scale: float = 3.0, **options: Any,
@@ -139,9 +148,7 @@ def test_every_option_at_once(
     upstream = torch.randn(256, shape[0], shape[2])
     found = run(case, upstream, emulated=emulated)
     assert_accurate(case, found, upstream)
-    other = run(case, upstream, emulated=emulated, schedule="reverse")
-    for name, one, two in zip(Found._fields, found, other, strict=True):
-        assert_same_bits(one, two, name)
+    assert_same(found, run(case, upstream, emulated=emulated, schedule="reverse"))
     mask = case.options["mask"]
     assert bool((found.dlogits[mask] == 0).all())
     assert bool((found.row_max[mask] == 0).all() and (found.row_sum[mask] == 1).all())
@@ -174,10 +181,6 @@ def test_nearly_one_hot(emulated: ModuleType, distance: float, noise: bool) -> N
     assert_accurate(case, found, upstream)
     size = found.dlogits.abs().sum(-1)
     assert bool((found.dlogits.sum(-1).abs() <= 1e-6 * size).all())
-
-
-# ---------------------------------------------------------------------------------------------------
-# the hard value and special rows
 
 
 @pytest.mark.parametrize("noise", [False, True])
@@ -237,11 +240,10 @@ def test_special_rows(emulated: ModuleType, vocabulary: int, noise: bool, hard: 
     arguments = in_float64(case, hard)
     truth = reference.soft_embedding(*arguments)
     true_grads = reference.soft_embedding_backward(upstream.double(), *arguments, wanted=[True] * 4)
-    for ours, true in (
-        (found.value, truth),
-        (found.dlogits, true_grads[0]),
-        (found.dtemperature, true_grads[2]),
-    ):
+    pairs = zip(
+        (found.value, found.dlogits, found.dtemperature), (truth, *true_grads[::2]), strict=True
+    )
+    for ours, true in pairs:
         torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert bool(found.dcodebook.isnan().all())
     calm = run(
@@ -250,10 +252,6 @@ def test_special_rows(emulated: ModuleType, vocabulary: int, noise: bool, hard: 
     )  # fmt: skip
     for name in ("value", "dlogits", "dtemperature"):
         assert_same_bits(getattr(found, name)[13:], getattr(calm, name)[13:], name)
-
-
-# ---------------------------------------------------------------------------------------------------
-# a row's bits depend on the row alone
 
 
 @pytest.mark.parametrize("noise", [False, True])
@@ -286,10 +284,6 @@ def test_bits_do_not_depend_on_the_place(
                 assert_same_bits(one, two)
 
 
-def by_row(found: Found) -> tuple[Tensor, ...]:
-    return (found.value, found.row_max, found.row_sum, found.dlogits)
-
-
 def test_codebook_gradient_of_many_parts(emulated: ModuleType) -> None:
     case = make((2, 40, 3), 700)
     case.options["mask"] = torch.rand(700, 2) < 0.9
@@ -318,10 +312,7 @@ def test_layouts(emulated: ModuleType, dtype: torch.dtype, layout: str) -> None:
         logits=strided(case.logits, layout),
         codebook=case.codebook.transpose(1, 2).contiguous().transpose(1, 2),
     )
-    for name, one, two in zip(
-        Found._fields, run(moved, upstream, emulated=emulated), plain, strict=True
-    ):
-        assert_same_bits(one, two, name)
+    assert_same(run(moved, upstream, emulated=emulated), plain)
 
 
 def test_a_codebook_without_groups(emulated: ModuleType) -> None:

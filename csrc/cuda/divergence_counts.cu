@@ -17,8 +17,13 @@ namespace {
 
 constexpr int kBlock = 256;
 
+// Bytes of a word that are not zero, as the kernels that read the mask have it: each carries into its highest bit.
+__device__ __forceinline__ int true_bytes(uint32_t word) {
+  return __popc((((word & 0x7f7f7f7fu) + 0x7f7f7f7fu) | word) & 0x80808080u);
+}
+
 __device__ __forceinline__ int true_bytes(const uint4& bytes) {
-  return __popc(bytes.x) + __popc(bytes.y) + __popc(bytes.z) + __popc(bytes.w);  // true is 1
+  return true_bytes(bytes.x) + true_bytes(bytes.y) + true_bytes(bytes.z) + true_bytes(bytes.w);
 }
 
 template <bool kAligned>
@@ -30,7 +35,7 @@ __device__ __forceinline__ int count_row(const RowReader<uint8_t>& row, const ui
       count += true_bytes(row.template load<kAligned>(j));
       continue;
     }
-    for (int n = j * kChunk; n < (j + 1) * kChunk && n < rows; ++n) count += __ldg(mask + n);
+    for (int n = j * kChunk; n < (j + 1) * kChunk && n < rows; ++n) count += __ldg(mask + n) != 0;
   }
   return count;
 }
@@ -44,7 +49,7 @@ __global__ void __launch_bounds__(kBlock) row_count_kernel(const RowCountParams 
     const RowReader<uint8_t> row(mask, rows);
     count = row.aligned() ? count_row<true>(row, mask, rows) : count_row<false>(row, mask, rows);
   } else {
-    for (int n = threadIdx.x; n < rows; n += kBlock) count += __ldg(mask + n * p.mask.stride);
+    for (int n = threadIdx.x; n < rows; n += kBlock) count += __ldg(mask + n * p.mask.stride) != 0;
   }
   count = reduce_row<kBlock, kBlock>(count, [](int a, int b) { return a + b; });
   if (threadIdx.x == 0) p.counts[blockIdx.x] = count;

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kBlock) row_sum_kernel(const RowSumParams p) {
 #pragma unroll 8
   for (int64_t n = first + threadIdx.x; n < last; n += kBlock) {
     if (p.value == nullptr) partial.total += static_cast<double>(__ldg(p.values + n));
-    if (p.mask != nullptr) partial.count += __ldg(p.mask + n * p.mask_stride);
+    if (p.mask != nullptr) partial.count += __ldg(p.mask + n * p.mask_stride) != 0;
   }
   partial = reduce_row<kBlock, kBlock>(partial, Merge{});
   if (threadIdx.x != 0) return;

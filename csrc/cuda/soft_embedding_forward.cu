@@ -127,14 +127,18 @@ cudaError_t launch(const ForwardArguments& a, cudaStream_t stream) {
   while (warps > 4 && blocks_of(a.p.call, warps) * parts < kEnoughBlocks) warps -= 4;
   const int64_t blocks = blocks_of(a.p.call, warps) * parts;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const int shared = Shape::kStages * Shape::kStageBytes + warps * WarpRows<Shape>::kSharedBytes;
+  const auto shared_by = [](int count) {
+    return Shape::kStages * Shape::kStageBytes + count * WarpRows<Shape>::kSharedBytes;
+  };
   const auto kernel = soft_embedding_forward_kernel<kBytes, kTerms, kWidth, kNoise>;
-  const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  // Always of a full block: another thread of the host may launch the same kernel for more rows.
+  const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   shared_by(Shape::kThreads / 32));
   if (allowed != cudaSuccess) {
     static_cast<void>(cudaGetLastError());  // else the next launch would find it
     return allowed;
   }
-  SOFTDIMO_LAUNCH(kernel, static_cast<unsigned>(blocks), 32 * warps, shared, stream, a);
+  SOFTDIMO_LAUNCH(kernel, static_cast<unsigned>(blocks), 32 * warps, shared_by(warps), stream, a);
   return cudaGetLastError();
 }
 

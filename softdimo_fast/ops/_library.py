@@ -41,6 +41,29 @@ def _load_cuda() -> str | None:
 
 _load_cpu()
 CUDA_OBSTACLE: str | None = _load_cuda()
+# The first with asynchronous copies and bfloat16 products.
+LEAST_CAPABILITY = (8, 0)
+
+
+@torch.compiler.assume_constant_result
+def cuda_obstacle(device: torch.device, shared_kilobytes: int = 48) -> str | None:
+    """Why CUDA kernels whose blocks share so much memory do not run on ``device``; None where they do."""
+    if CUDA_OBSTACLE is not None or not torch.cuda.is_available():
+        return CUDA_OBSTACLE
+    properties = torch.cuda.get_device_properties(device)
+    if (properties.major, properties.minor) < LEAST_CAPABILITY:
+        least = ".".join(map(str, LEAST_CAPABILITY))
+        return (
+            f"the CUDA kernels need compute capability {least} or later, {properties.name} has "
+            f"{properties.major}.{properties.minor}"
+        )
+    allowed = properties.shared_memory_per_block_optin // 1024  # type: ignore[attr-defined]
+    if allowed < shared_kilobytes:
+        return (
+            f"the CUDA kernels of this shape share {shared_kilobytes} KB in a block, {properties.name} "
+            f"allows {allowed} KB"
+        )
+    return None
 
 
 def cpu_isa() -> str:

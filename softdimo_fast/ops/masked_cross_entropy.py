@@ -110,8 +110,9 @@ def _obstacles(logits: Tensor) -> dict[str, str]:
     obstacles = _backends.obstacles(logits, "cpp", "cuda")
     if "cuda" in obstacles:
         return obstacles
-    if _library.CUDA_OBSTACLE is not None:
-        obstacles["cuda"] = _library.CUDA_OBSTACLE
+    beyond = _library.cuda_obstacle(logits.device)
+    if beyond is not None:
+        obstacles["cuda"] = beyond
     elif logits.dtype == torch.float64:
         obstacles["cuda"] = "the CUDA kernel computes in float32, and logits are float64"
     return obstacles

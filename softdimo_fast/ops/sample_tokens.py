@@ -140,8 +140,9 @@ def _obstacles(logits: Tensor, row_temperature: Tensor | None) -> dict[str, str]
     obstacles = _backends.obstacles(logits, "cpp", "cuda")
     if "cuda" in obstacles:
         return obstacles
-    if _library.CUDA_OBSTACLE is not None:
-        obstacles["cuda"] = _library.CUDA_OBSTACLE
+    beyond = _library.cuda_obstacle(logits.device)
+    if beyond is not None:
+        obstacles["cuda"] = beyond
     elif torch.float64 in (logits.dtype, row_temperature is not None and row_temperature.dtype):
         obstacles["cuda"] = "the CUDA kernel computes in float32, and an input is float64"
     return obstacles

@@ -180,8 +180,9 @@ def _obstacles(
     if "cuda" in obstacles:
         return obstacles
     width = codebook.shape[-1]
-    if _library.CUDA_OBSTACLE is not None:
-        obstacles["cuda"] = _library.CUDA_OBSTACLE
+    beyond = _library.cuda_obstacle(logits.device, _shared_kilobytes(*codebook.shape[-2:]))
+    if beyond is not None:
+        obstacles["cuda"] = beyond
     elif compute_dtype(logits, codebook, *others) == torch.float64:
         obstacles["cuda"] = "the CUDA kernels compute in float32, and an input is float64"
     elif width > CUDA_WIDTH:
@@ -191,6 +192,11 @@ def _obstacles(
     elif truncates:
         obstacles["cuda"] = "the CUDA kernels do not truncate, and top_k or top_p is given"
     return obstacles
+
+
+def _shared_kilobytes(vocabulary: int, width: int) -> int:
+    """The most that a block of the CUDA kernels shares (is_tiny in csrc/include/softdimo/cuda)."""
+    return 48 if vocabulary <= 256 and width <= 16 else 144
 
 
 def _check_codebook(logits: Tensor, codebook: Tensor) -> None:

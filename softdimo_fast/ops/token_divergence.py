@@ -220,8 +220,9 @@ def obstacles(logits: Tensor, *others: Tensor | None) -> dict[str, str]:
         found["triton"] = "the Triton kernels compute in float32, and an input is float64"
     if "cuda" in found:
         return found
-    if _library.CUDA_OBSTACLE is not None:
-        found["cuda"] = _library.CUDA_OBSTACLE
+    beyond = _library.cuda_obstacle(logits.device)
+    if beyond is not None:
+        found["cuda"] = beyond
     elif wide:
         found["cuda"] = "the CUDA kernel computes in float32, and an input is float64"
     return found

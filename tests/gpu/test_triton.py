@@ -92,6 +92,7 @@ def test_streams() -> None:
     """Kernels run on the current stream, behind what fills their inputs."""
     codebook = randn(1024, 64)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         logits = torch.arange(1024.0, device=DEVICE).expand(256, 1024).contiguous() / 100

@@ -102,10 +102,12 @@ verify-demo: $(BUILT)
 # The best instruction set of this processor is the one that `make test` ran. Those that differ from the next by
 # their bfloat16 products alone run the operators that have products.
 PRODUCT_TESTS := tests/ops/test_*soft_embedding*.py tests/ops/test_masked_attention*.py
+# Triton's kernels are none of the CPU library's.
+CPU_TESTS := tests/ops --ignore=tests/ops/triton
 verify-isa: $(BUILT)
 	set -e; for isa in $$($(PY) -c "from softdimo_fast.ops import _library as l; \
 	    isas = l.compiled_cpu_isas(); print(*isas[isas.index(l.cpu_isa()) + 1:])"); do \
-	  case $$isa in *-bf16 | *-v4) tests="$(wildcard $(PRODUCT_TESTS))" ;; *) tests=tests/ops ;; esac; \
+	  case $$isa in *-bf16 | *-v4) tests="$(wildcard $(PRODUCT_TESTS))" ;; *) tests="$(CPU_TESTS)" ;; esac; \
 	  echo "SOFTDIMO_CPU_ISA=$$isa"; SOFTDIMO_CPU_ISA=$$isa $(PYTEST) $(PYTEST_ARGS) $$tests; \
 	done
 
@@ -119,7 +121,7 @@ verify-sanitize: $(BUILT)
 	cmake -S . -B $(SANITIZED) -G Ninja -DSOFTDIMO_CUDA=OFF -DSOFTDIMO_SANITIZE=address,undefined \
 	  -DTORCH_ROOT=$$($(PY) -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parent)")
 	cmake --build $(SANITIZED) --parallel $(JOBS)
-	$(UNDER_SANITIZERS) SOFTDIMO_LIBRARY_DIR=$(abspath $(SANITIZED)/lib) $(PYTEST) $(PYTEST_ARGS) tests/ops
+	$(UNDER_SANITIZERS) SOFTDIMO_LIBRARY_DIR=$(abspath $(SANITIZED)/lib) $(PYTEST) $(PYTEST_ARGS) $(CPU_TESTS)
 
 # The CUDA kernels, compiled as C++ for the CPU, watched in the same way.
 verify-emulation: $(BUILT)

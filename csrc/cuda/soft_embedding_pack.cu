@@ -24,7 +24,7 @@ constexpr int kColumns = 8;  // of a thread
 // x rounded to bfloat16, as a float; never to infinity. A NaN may have its bits in the half that is cut off.
 __device__ __forceinline__ float bfloat16_part(float x) {
   const float rounded = __uint_as_float(ptx::pack_bf16(x, 0.0f) << 16);
-  if (isnan(x)) return NAN;
+  if (x != x) return NAN;
   return fabsf(rounded) < INFINITY ? rounded : __uint_as_float(__float_as_uint(x) & 0xffff0000u);
 }
 

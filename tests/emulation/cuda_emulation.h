@@ -150,6 +150,8 @@ struct Machine {
   std::vector<std::pair<void*, size_t>> static_shared;
   unsigned char* dynamic_shared = nullptr;
   size_t dynamic_bytes = 0;
+  size_t static_bytes = 0;  // of the arrays that the block has come to
+  size_t shared_limit = 0;  // of both together
   std::map<const void*, size_t> dynamic_limit;  // of the kernels that asked for more than kMostSharedUnasked
   unsigned char* stacks = nullptr;
 };

@@ -75,6 +75,7 @@ inline void run_block() {
   Machine& m = machine();
   ++m.blocks;
   m.at_barrier = 0;
+  m.static_bytes = 0;
   for (int i = 0; i < m.threads; ++i) {
     Fiber& fiber = m.fibers[i];
     const unsigned x = m.block_size.x, y = m.block_size.y, t = i;
@@ -123,7 +124,9 @@ inline void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_byte
     return;
   }
   const auto limit = m.dynamic_limit.find(kernel);
-  if (shared_bytes > (limit == m.dynamic_limit.end() ? kMostSharedUnasked : limit->second)) {
+  const bool asked = limit != m.dynamic_limit.end();
+  m.shared_limit = asked ? kMostShared : kMostSharedUnasked;
+  if (shared_bytes > (asked ? limit->second : kMostSharedUnasked)) {
     m.last_error = 1;  // cudaErrorInvalidValue
     return;
   }

@@ -50,6 +50,17 @@ void store(T* address, const T& value) {
 // ---------------------------------------------------------------------------------------------------
 // shared memory
 
+// Counts an array that the block has come to. A GPU would refuse the launch where all of them are too many.
+inline void count_static(size_t bytes) {
+  Machine& m = machine();
+  m.static_bytes += bytes;
+  if (m.static_bytes + m.dynamic_bytes > m.shared_limit) {
+    throw std::logic_error("a block shares " + std::to_string(m.static_bytes) + " bytes of arrays and " +
+                           std::to_string(m.dynamic_bytes) + " of the launch, more than " +
+                           std::to_string(m.shared_limit));
+  }
+}
+
 // What SOFTDIMO_SHARED declares here. Blocks run one at a time, so one copy serves all of them.
 template <typename T, int kCount>
 class SharedArray {
@@ -58,8 +69,10 @@ class SharedArray {
 
   // The array of the block that runs, poisoned when its first thread comes here.
   SharedArray& of_block() {
-    if (block_ != machine().blocks) std::memset(static_cast<void*>(data_), kPoison, sizeof(data_));
+    if (block_ == machine().blocks) return *this;
     block_ = machine().blocks;
+    std::memset(static_cast<void*>(data_), kPoison, sizeof(data_));
+    count_static(sizeof(data_));
     return *this;
   }
 

@@ -14,7 +14,7 @@ namespace {
 using namespace softdimo::cuda;
 
 constexpr int kThreads = 64;
-constexpr size_t kLarge = 64 * 1024;
+constexpr size_t kLarge = 64 * 1024, kUnasked = 48 * 1024;
 
 // out[i] = in[63 - i], through shared memory.
 template <bool kBarrier>
@@ -43,6 +43,16 @@ __global__ void mirror_large(const float* in, float* out) {
   buffer[threadIdx.x] = in[threadIdx.x];
   __syncthreads();
   out[threadIdx.x] = buffer[kThreads - 1 - threadIdx.x];
+}
+
+// The same, with an array of its own beside: together they are more than it gets unasked.
+__global__ void mirror_both(const float* in, float* out) {
+  SOFTDIMO_SHARED(float, buffer, kUnasked / 2 / sizeof(float) + 1);
+  SOFTDIMO_DYNAMIC_SHARED(bytes);
+  buffer[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = buffer[kThreads - 1 - threadIdx.x];
+  bytes[threadIdx.x] = 0;
 }
 
 // out[i] = 11 in[63 - i], in two rounds over one buffer: its second filling must wait for the readers of the first.
@@ -171,6 +181,8 @@ void run_planted(const std::string& name, const float* input, float* output) {
       {"mirror_dynamic without barrier", mirror_dynamic<false>},
       {"mirror_large", mirror_large<true>},
       {"mirror_large unasked", mirror_large<false>},
+      {"mirror_both", mirror_both},
+      {"mirror_both with more than there is", mirror_both},
       {"two_rounds", two_rounds<true>},
       {"two_rounds without barrier", two_rounds<false>},
       {"warp_mirror", warp_mirror<true>},
@@ -196,6 +208,8 @@ void run_planted(const std::string& name, const float* input, float* output) {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kLarge);
   }
   const bool large = kernel == mirror_large<true> || kernel == mirror_large<false>;
-  SOFTDIMO_LAUNCH(kernel, 1, kThreads, large ? kLarge : kThreads * sizeof(float), nullptr, input, output);
+  const size_t most = name == "mirror_both" ? kUnasked / 2 - 4 : kUnasked / 2;
+  const size_t shared = large ? kLarge : kernel == mirror_both ? most : kThreads * sizeof(float);
+  SOFTDIMO_LAUNCH(kernel, 1, kThreads, shared, nullptr, input, output);
   if (cudaGetLastError() != cudaSuccess) throw std::runtime_error("the launch was refused");
 }

@@ -117,6 +117,12 @@ def test_large_shared_memory_has_to_be_asked_for(emulated: ModuleType, values: T
         run(emulated, "mirror_large unasked", "greedy", values)
 
 
+def test_arrays_and_the_launch_share_one_limit(emulated: ModuleType, values: Tensor) -> None:
+    assert torch.equal(run(emulated, "mirror_both", "greedy", values), values.flip(0))
+    with pytest.raises(RuntimeError, match="24580 bytes of arrays and 24576 of the launch"):
+        run(emulated, "mirror_both with more than there is", "greedy", values)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_votes(emulated: ModuleType, schedule: str) -> None:
     values = torch.ones(64)

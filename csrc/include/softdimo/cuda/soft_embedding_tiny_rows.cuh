@@ -176,7 +176,8 @@ __device__ __forceinline__ void add_noise(const SoftEmbeddingParams& p, int64_t 
                                           float (&low)[kEntries]) {
   const uint64_t key = static_cast<uint64_t>(__ldg(p.seed));
   const uint32_t offset = static_cast<uint32_t>(__ldg(p.seed + 1));
-  const uint64_t id = static_cast<uint64_t>(p.row_ids != nullptr ? __ldg(p.row_ids + n * p.row_ids_stride) : n);
+  const bool named = p.row_ids != nullptr && n < p.rows;  // a team may have no row, and calculates all the same
+  const uint64_t id = static_cast<uint64_t>(named ? __ldg(p.row_ids + n * p.row_ids_stride) : n);
 #pragma unroll
   for (int slot = 0; slot < kEntries; slot += 4) {
     const uint32_t block = static_cast<uint32_t>(column_of<T, kTeam>(threadIdx.x % kTeam, slot)) / 4;

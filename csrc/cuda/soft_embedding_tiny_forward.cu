@@ -5,8 +5,9 @@
 //             is kept in float32 beside it. The codebook comes from caches
 //   FLOPs     2 V D per row and V exponentials; about D + 6 instructions per logit
 //   floor     memory, at 1.8 / 3.0 / 4.3 TB/s (A100 / H100 / H200). MaskBit, 2 x 16384 rows of V = 128, D = 7 in
-//             bfloat16 is 10.2 MB: 5.7 / 3.4 / 2.4 us (float32: 18.3 MB, 10 / 6.1 / 4.3 us), and the instructions (4 per
-//             clock and multiprocessor) take about as long: 6 / 4 / 4 us. The launch is as much again
+//             bfloat16 is 10.2 MB: 5.7 / 3.4 / 2.4 us (float32: 18.3 MB, 10 / 6.1 / 4.3 us). The instructions take
+//             longer: about 140 a row and warp, 4 per clock and multiprocessor, so 7.5 / 4.8 / 4.8 us. The launch is
+//             as much again
 //   tiles     a block of 128 threads in one group, two rows per thread, 16 entries each (soft_embedding_tiny_rows.cuh)
 //
 //             logits -> registers: y - m -> p~  |  for each quad of columns: sum over the slots of p~ E, four sums per

@@ -45,7 +45,6 @@ CUDA_OBSTACLE: str | None = _load_cuda()
 LEAST_CAPABILITY = (8, 0)
 
 
-@torch.compiler.assume_constant_result
 def cuda_obstacle(device: torch.device, shared_kilobytes: int = 48) -> str | None:
     """Why CUDA kernels whose blocks share so much memory do not run on ``device``; None where they do."""
     if CUDA_OBSTACLE is not None or not torch.cuda.is_available():
@@ -64,6 +63,10 @@ def cuda_obstacle(device: torch.device, shared_kilobytes: int = 48) -> str | Non
             f"allows {allowed} KB"
         )
     return None
+
+
+# What torch.compiler.assume_constant_result does, less its import of torch._dynamo (a second, and triton).
+cuda_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def cpu_isa() -> str:

@@ -54,3 +54,10 @@ def test_compiled_code_asks_without_a_break(monkeypatch: pytest.MonkeyPatch) -> 
 
     compiled = torch.compile(choose, fullgraph=True, backend="eager", dynamic=True)
     assert compiled(torch.zeros(3)).tolist() == [-1, -1, -1]
+
+
+def test_compiled_code_takes_the_answer_as_a_constant() -> None:
+    """The mark on it is the one that torch's decorator sets, which would import torch._dynamo."""
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(marked)
+    assert vars(marked).items() <= vars(_library.cuda_obstacle).items()

@@ -36,7 +36,7 @@ void count_rows(PreparedDivergence& prepared, const DivergenceArguments& a) {
   prepared.count = prepared.call.rows;
   prepared.share.assign(static_cast<size_t>(prepared.call.rows), a.mask.has_value() ? 0.0 : 1.0);
   if (a.mask.has_value()) {
-    const Tensor mask = torch::stable::contiguous(*a.mask);
+    const Tensor mask = as_contiguous(*a.mask);
     const bool* counts = static_cast<const bool*>(mask.const_data_ptr());
     for (int64_t n = 0; n < prepared.call.rows; ++n) {
       if (!counts[n]) continue;
@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> divergence_gradients(const PreparedDivergence
   STD_TORCH_CHECK(statistics.numel() == prepared.call.rows * kRowStatistics &&
                       statistics.scalar_type() == ScalarType::Double && wanted.size() == 3,
                   "softdimo: the saved statistics do not fit the logits");
-  const Tensor saved = torch::stable::contiguous(statistics);
+  const Tensor saved = as_contiguous(statistics);
   const Tensor upstream = prepared.compute == ScalarType::Double ? upstream_rows<double>(prepared, a.model, grad)
                                                                  : upstream_rows<float>(prepared, a.model, grad);
   const Shape shape = leading_shape(a.model, 0);

@@ -269,10 +269,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_soft_embedding
                   "softdimo: the saved tensors do not fit the hidden states");
   LinearBackward job{};
   job.grad = prepared.matrix(grad, prepared.rows);
-  job.row_max = prepared.keep<void>(torch::stable::contiguous(row_max));
-  job.row_sum = prepared.keep<void>(torch::stable::contiguous(row_sum));
-  job.soft = prepared.keep<void>(torch::stable::contiguous(soft));
-  job.logits = logits.has_value() ? prepared.keep<void>(torch::stable::contiguous(*logits)) : nullptr;
+  job.row_max = prepared.keep<void>(as_contiguous(row_max));
+  job.row_sum = prepared.keep<void>(as_contiguous(row_sum));
+  job.soft = prepared.keep<void>(as_contiguous(soft));
+  job.logits = logits.has_value() ? prepared.keep<void>(as_contiguous(*logits)) : nullptr;
   job.call = s;
 
   Tensor dhidden = wanted[0] ? output(hidden, leading_shape(hidden, 0), hidden.scalar_type()) : nothing(hidden);

@@ -34,7 +34,7 @@ struct Prepared {
     RowMatrix out{};
     const int64_t dropped = std::min<int64_t>(tensor.dim(), 1);
     if (!layout_rows(tensor, shape, dropped, &out.rows)) {
-      tensor = torch::stable::contiguous(tensor);
+      tensor = as_contiguous(tensor);
       STD_TORCH_CHECK(layout_rows(tensor, shape, dropped, &out.rows), "softdimo: too many broadcast dimensions");
     }
     out.type = dtype_of(tensor);
@@ -99,9 +99,9 @@ inline Prepared prepare(const Tensor& hidden, const Tensor& weight, const Tensor
                                  : row_temperatures<float>(like, *row_temperature, prepared.compute));
   }
   if (mask.has_value()) {
-    s.mask = prepared.keep<bool>(torch::stable::contiguous(*mask));
+    s.mask = prepared.keep<bool>(as_contiguous(*mask));
     s.mask_embedding =
-        prepared.keep<void>(torch::stable::contiguous(torch::stable::to(*mask_embedding, prepared.compute)));
+        prepared.keep<void>(as_contiguous(*mask_embedding, prepared.compute));
   }
   return prepared;
 }

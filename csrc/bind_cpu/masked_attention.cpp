@@ -19,7 +19,7 @@ struct Prepared {
 
   // The tensor itself where its last dimension is contiguous, else one copy.
   Heads heads(const Tensor& tensor) {
-    kept.push_back(tensor.stride(3) == 1 || tensor.size(3) == 1 ? tensor : torch::stable::contiguous(tensor));
+    kept.push_back(tensor.stride(3) == 1 || tensor.size(3) == 1 ? tensor : as_contiguous(tensor));
     const Tensor& own = kept.back();
     return {own.const_data_ptr(), dtype_of(own), {own.stride(0), own.stride(1), own.stride(2)}};
   }
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(
   STD_TORCH_CHECK(wanted.size() == 3 && saved(row_max) && saved(row_sum) && grad.is_cpu() && grad.dim() == 4 &&
                       leading_shape(grad) == leading_shape(query) && grad.size(3) == a.value_width,
                   "softdimo: the saved tensors do not fit the query");
-  const Tensor tops = torch::stable::contiguous(row_max), sums = torch::stable::contiguous(row_sum);
+  const Tensor tops = as_contiguous(row_max), sums = as_contiguous(row_sum);
   const auto gradient = [&](bool needed, const Tensor& input) {
     return needed ? output(input, leading_shape(input, 0), input.scalar_type()) : nothing(input);
   };

@@ -31,8 +31,8 @@ Prepared prepare(const Tensor& logits, const Tensor& targets, const OptionalTens
   c.logits = prepared.keep(walkable(logits, &c.logits_rows));
   c.logits_type = dtype_of(logits);
   c.vocabulary = logits.size(-1);
-  c.targets = static_cast<const int64_t*>(prepared.keep(torch::stable::contiguous(targets)));
-  if (mask.has_value()) c.mask = static_cast<const bool*>(prepared.keep(torch::stable::contiguous(*mask)));
+  c.targets = static_cast<const int64_t*>(prepared.keep(as_contiguous(targets)));
+  if (mask.has_value()) c.mask = static_cast<const bool*>(prepared.keep(as_contiguous(*mask)));
   c.smoothing = smoothing;
   return prepared;
 }
@@ -74,8 +74,8 @@ Tensor masked_cross_entropy_backward(const Tensor& grad, const Tensor& logits, c
                       row_max.scalar_type() == prepared.compute && row_rest.numel() == prepared.rows &&
                       row_rest.scalar_type() == prepared.compute,
                   "softdimo: the saved tensors do not fit the logits");
-  const Tensor upstream = torch::stable::contiguous(torch::stable::to(grad, prepared.compute));
-  const Tensor tops = torch::stable::contiguous(row_max), rests = torch::stable::contiguous(row_rest);
+  const Tensor upstream = as_contiguous(grad, prepared.compute);
+  const Tensor tops = as_contiguous(row_max), rests = as_contiguous(row_rest);
   Tensor dlogits = output(logits, leading_shape(logits, 0), logits.scalar_type());
   const CrossEntropyBackward job{prepared.call, tops.const_data_ptr(), rests.const_data_ptr(),
                                  upstream.const_data_ptr(), by_row ? 1 : 0, divisor(prepared, reduction),

@@ -64,10 +64,10 @@ std::tuple<Tensor, Tensor> sample_tokens(const Tensor& logits, double temperatur
   }
   s.top_k = top_k.value_or(0);
   s.top_p = top_p.value_or(1.0);
-  const Tensor pair = torch::stable::contiguous(seed);
+  const Tensor pair = as_contiguous(seed);
   s.seed = static_cast<uint64_t>(static_cast<const int64_t*>(pair.const_data_ptr())[0]);
   s.offset = static_cast<uint32_t>(static_cast<const int64_t*>(pair.const_data_ptr())[1]);
-  const Tensor numbers = row_ids.has_value() ? torch::stable::contiguous(*row_ids) : pair;
+  const Tensor numbers = row_ids.has_value() ? as_contiguous(*row_ids) : pair;
   if (row_ids.has_value()) s.row_ids = static_cast<const int64_t*>(numbers.const_data_ptr());
   s.tokens = static_cast<int64_t*>(tokens.mutable_data_ptr());
   s.log_prob = log_prob ? found.mutable_data_ptr() : nullptr;

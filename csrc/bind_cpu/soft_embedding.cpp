@@ -94,30 +94,26 @@ Prepared prepare(const Tensor& logits, const Tensor& codebook, double temperatur
              : row_temperatures<float>(logits, *row_temperature, compute));
   }
   if (mask.has_value()) {
-    s.mask = prepared.keep<bool>(torch::stable::contiguous(*mask));
-    s.mask_embedding =
-        prepared.keep<void>(torch::stable::contiguous(torch::stable::to(*mask_embedding, compute)));
+    s.mask = prepared.keep<bool>(as_contiguous(*mask));
+    s.mask_embedding = prepared.keep<void>(as_contiguous(*mask_embedding, compute));
   }
   if (seed.has_value()) {
     STD_TORCH_CHECK(seed->numel() == 2 && seed->scalar_type() == ScalarType::Long, "softdimo: seed must be int64 [2]");
-    const int64_t* pair = prepared.keep<int64_t>(torch::stable::contiguous(*seed));
+    const int64_t* pair = prepared.keep<int64_t>(as_contiguous(*seed));
     s.noise = true;
     s.seed = static_cast<uint64_t>(pair[0]);
     s.offset = static_cast<uint32_t>(pair[1]);
-    if (row_ids.has_value()) s.row_ids = prepared.keep<int64_t>(torch::stable::contiguous(*row_ids));
+    if (row_ids.has_value()) s.row_ids = prepared.keep<int64_t>(as_contiguous(*row_ids));
   }
   return prepared;
 }
 
-// The codebook as the kernels' products take it.
+// Writes the codebook as the kernels' products take it, into kernels.packed_bytes.
 template <class Kernels>
-void pack_codebook(Prepared& prepared, const Tensor& like, const Kernels& kernels) {
-  SoftEmbedding& s = prepared.call;
-  Tensor packed = output(like, {kernels.packed_bytes(s)}, ScalarType::Byte);
-  parallel_rows(s.rows > 0 ? s.groups * s.vocabulary : 0, [&](int64_t begin, int64_t end) {
-    kernels.pack(s, packed.mutable_data_ptr(), begin, end);
-  });
-  s.packed_codebook = prepared.keep<void>(packed);
+void pack_codebook(SoftEmbedding& s, const Kernels& kernels, void* packed) {
+  parallel_rows(s.rows > 0 ? s.groups * s.vocabulary : 0,
+                [&](int64_t begin, int64_t end) { kernels.pack(s, packed, begin, end); });
+  s.packed_codebook = packed;
 }
 
 // Blocks small enough that every thread has a few; a row's result does not depend on its block.
@@ -151,10 +147,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_embedding(
     bool hard) {
   Prepared prepared =
       prepare(logits, codebook, temperature, row_temperature, mask, mask_embedding, seed, row_ids, high_precision);
-  const SoftEmbedding& s = prepared.call;
+  SoftEmbedding& s = prepared.call;
   const ScalarType compute = prepared.settings.compute;
   const ForwardKernels& kernels = forward_kernels(s, prepared.settings);
-  pack_codebook(prepared, logits, kernels);
+  Workspace room;
+  const int64_t packed = room.add(kernels.packed_bytes(s));
+  room.allocate(logits);
+  pack_codebook(s, kernels, room.at(packed));
   const auto [threshold, last] = truncated(prepared, logits, top_k, top_p);
   const Shape rows = leading_shape(logits), shape = with(rows, s.width);
   Tensor value = output(codebook, shape, codebook.scalar_type());
@@ -245,9 +244,8 @@ Saved check_saved(Prepared& prepared, const Tensor& row_max, const Tensor& row_s
                       fits(row_threshold, truncates ? s.rows : 0, compute) &&
                       fits(row_last, truncates ? s.rows : 0, ScalarType::Long),
                   "softdimo: the saved tensors do not fit the logits");
-  using torch::stable::contiguous;
-  Saved saved{contiguous(row_max), contiguous(row_sum), contiguous(soft), contiguous(row_threshold),
-              contiguous(row_last)};
+  Saved saved{as_contiguous(row_max), as_contiguous(row_sum), as_contiguous(soft), as_contiguous(row_threshold),
+              as_contiguous(row_last)};
   if (truncates) {
     s.row_threshold = saved.row_threshold.const_data_ptr();
     s.row_last = static_cast<const int64_t*>(saved.row_last.const_data_ptr());
@@ -255,51 +253,57 @@ Saved check_saved(Prepared& prepared, const Tensor& row_max, const Tensor& row_s
   return saved;
 }
 
-// Gradients to logits and codebook (each where it is wanted, else empty), and along the temperature by rows.
+// Gradients to logits and codebook, and along the temperature by rows: each where it is wanted.
 struct Gradients {
-  Tensor dlogits, dcodebook, slopes;
+  OptionalTensor dlogits, dcodebook, slopes;
 };
+
+void* data_of(OptionalTensor& tensor) { return tensor.has_value() ? tensor->mutable_data_ptr() : nullptr; }
 
 Gradients run_backward(Prepared& prepared, const Tensor& upstream, const Tensor& logits, const Tensor& codebook,
                        const Saved& saved, bool wants_logits, bool wants_codebook, bool wants_temperature) {
-  const SoftEmbedding& s = prepared.call;
+  SoftEmbedding& s = prepared.call;
   const ScalarType compute = prepared.settings.compute;
   const BackwardKernels& kernels = backward_kernels(s, prepared.settings);
-  pack_codebook(prepared, logits, kernels);
   const Cut cut = backward_cut(s);
   const ScalarType sums = sums_in_double(s) ? ScalarType::Double : compute;
   const bool in_place = cut.splits == 1 && codebook.scalar_type() == sums;  // nothing left to reduce
-  Gradients out{wants_logits ? output(logits, leading_shape(logits, 0), logits.scalar_type()) : nothing(logits),
-                nothing(logits), torch::stable::new_empty(logits, {wants_temperature ? s.rows : 0}, compute)};
+  Gradients out;
+  if (wants_logits) out.dlogits = output(logits, leading_shape(logits, 0), logits.scalar_type());
   if (wants_codebook) {
     out.dcodebook = in_place ? output(codebook, leading_shape(codebook, 0), sums)
                              : output(logits, {cut.splits, s.groups, s.vocabulary, s.width}, sums);
   }
-  Tensor delta = torch::stable::new_empty(logits, {s.rows}, compute);
-  const int64_t partial = compute == ScalarType::Double ? sizeof(RowPartial<double>) : sizeof(RowPartial<float>);
-  Tensor partials = output(logits, {cut.tiles * s.rows * partial}, ScalarType::Byte);
-  Backward job{s,
-               upstream.const_data_ptr(),
-               static_cast<const double*>(saved.row_max.const_data_ptr()),
-               saved.row_sum.const_data_ptr(),
-               saved.soft.const_data_ptr(),
-               nullptr,
-               delta.mutable_data_ptr(),
-               prepared.settings.bfloat16 ? kBlockRows : kWideRows,
-               cut.tile,
-               cut.splits,
-               partials.mutable_data_ptr(),
-               wants_logits ? out.dlogits.mutable_data_ptr() : nullptr,
-               wants_codebook ? out.dcodebook.mutable_data_ptr() : nullptr,
-               wants_temperature ? out.slopes.mutable_data_ptr() : nullptr};
-  Tensor packed = output(logits, {kernels.upstream_bytes(job)}, ScalarType::Byte);
-  job.upstream = packed.mutable_data_ptr();
+  if (wants_temperature) out.slopes = torch::stable::new_empty(logits, {s.rows}, compute);
+  Backward job{};
+  job.call = s;
+  job.grad = upstream.const_data_ptr();
+  job.row_max = static_cast<const double*>(saved.row_max.const_data_ptr());
+  job.row_sum = saved.row_sum.const_data_ptr();
+  job.soft = saved.soft.const_data_ptr();
+  job.block_rows = prepared.settings.bfloat16 ? kBlockRows : kWideRows;
+  job.tile = cut.tile;
+  job.splits = cut.splits;
+  job.dlogits = data_of(out.dlogits);
+  job.dcodebook = data_of(out.dcodebook);
+  job.dtemperature = data_of(out.slopes);
+
+  const bool wide = compute == ScalarType::Double;
+  const int64_t partial_bytes = wide ? sizeof(RowPartial<double>) : sizeof(RowPartial<float>);
+  Workspace room;
+  const int64_t packed = room.add(kernels.packed_bytes(s)), delta = room.add(s.rows * (wide ? 8 : 4));
+  const int64_t partials = room.add(cut.tiles * s.rows * partial_bytes), grads = room.add(kernels.upstream_bytes(job));
+  room.allocate(logits);
+  pack_codebook(job.call, kernels, room.at(packed));
+  job.delta = room.at(delta);
+  job.partials = room.at(partials);
+  job.upstream = room.at(grads);
   parallel(s.groups * cut.splits * split_blocks(job),
            [&](int64_t begin, int64_t end) { kernels.pack_upstream(job, begin, end); });
   parallel(s.groups * cut.splits * cut.tiles,
            [&](int64_t begin, int64_t end) { kernels.backward(job, begin, end); });
   parallel_rows(s.rows, [&](int64_t begin, int64_t end) { row_kernels(compute).finish_rows(job, begin, end); });
-  if (wants_codebook && !in_place) out.dcodebook = reduced(out.dcodebook, cut.splits, codebook);
+  if (wants_codebook && !in_place) out.dcodebook = reduced(*out.dcodebook, cut.splits, codebook);
   return out;
 }
 
@@ -314,20 +318,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> soft_embedding_backward(
   const SoftEmbedding& s = prepared.call;
   const Saved saved = check_saved(prepared, row_max, row_sum, soft, row_threshold, row_last);
   STD_TORCH_CHECK(wanted.size() == 4 && grad.numel() == s.rows * s.width, "softdimo: the gradient does not fit");
-  const Tensor upstream = torch::stable::contiguous(torch::stable::to(grad, codebook.scalar_type()));
+  const Tensor upstream = as_contiguous(grad, codebook.scalar_type());
   const bool wants_temperature = wanted[2] && row_temperature.has_value();
-  Tensor dtemperature = nothing(logits), dmask = nothing(logits);
-  Gradients found{nothing(logits), nothing(logits), nothing(logits)};
+  Gradients found;
   if (wanted[0] || wanted[1] || wants_temperature) {
     found = run_backward(prepared, upstream, logits, codebook, saved, wanted[0], wanted[1], wants_temperature);
   }
+  OptionalTensor dtemperature, dmask;
   if (wants_temperature) {
     dtemperature = prepared.settings.compute == ScalarType::Double
-                       ? temperature_gradient<double>(found.slopes, logits, *row_temperature)
-                       : temperature_gradient<float>(found.slopes, logits, *row_temperature);
+                       ? temperature_gradient<double>(*found.slopes, logits, *row_temperature)
+                       : temperature_gradient<float>(*found.slopes, logits, *row_temperature);
   }
   if (wanted[3] && mask.has_value()) dmask = mask_embedding_gradient(prepared, upstream, *mask_embedding);
-  return {found.dlogits, found.dcodebook, dtemperature, dmask};
+  const auto or_nothing = [&](OptionalTensor& tensor) {
+    return tensor.has_value() ? std::move(*tensor) : nothing(logits);
+  };
+  return {or_nothing(found.dlogits), or_nothing(found.dcodebook), or_nothing(dtemperature), or_nothing(dmask)};
 }
 
 }  // namespace

@@ -79,6 +79,36 @@ inline Tensor output(const Tensor& like, const Shape& shape, ScalarType dtype) {
 
 inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
+// Scratch in several parts, each aligned to a cache line: one allocation by torch, which costs a small call dear.
+class Workspace {
+ public:
+  // Room for so many bytes; returns where. Before allocate().
+  int64_t add(int64_t bytes) {
+    const int64_t at = size_;
+    size_ += (bytes + kLine - 1) / kLine * kLine;
+    return at;
+  }
+  void allocate(const Tensor& like) {
+    memory_ = output(like, {size_}, ScalarType::Byte);
+    data_ = static_cast<char*>(memory_->mutable_data_ptr());
+  }
+  void* at(int64_t where) const { return data_ + where; }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  int64_t size_ = 0;
+  OptionalTensor memory_;
+  char* data_ = nullptr;
+};
+
+// torch's, without a call of the dispatcher where there is nothing to do.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+inline Tensor as_contiguous(const Tensor& tensor, ScalarType type) {
+  return as_contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
+}
+
 // Strides of a tensor over `shape`, to which it broadcasts; dimensions that step alike are merged.
 // `dropped` trailing dimensions of the tensor are left out. False when more dimensions remain than Rows holds.
 inline bool layout_rows(const Tensor& tensor, const Shape& shape, int64_t dropped, Rows* rows) {

@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> token_statistics(const Tensor& logits, double
     job.row_temperature = temperatures->const_data_ptr();
   }
   if (mask.has_value()) {
-    counted = torch::stable::contiguous(*mask);
+    counted = as_contiguous(*mask);
     job.mask = static_cast<const bool*>(counted->const_data_ptr());
   }
   Tensor log_normalizer = output(logits, shape, compute), entropy = output(logits, shape, compute),

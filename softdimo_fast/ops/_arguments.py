@@ -33,7 +33,8 @@ def require_floating(operator: str, name: str, value: object) -> None:
         )
     if value.layout != torch.strided:
         raise TypeError(f"{operator}: {name} must be a dense (strided) tensor, got {value.layout}")
-    if forward_ad.unpack_dual(value).tangent is not None:
+    # No level, no tangents: this is asked for every argument of every call.
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
         raise RuntimeError(
             f"{operator}: {name} carries a forward-mode tangent (jvp), which this operator does not "
             "propagate; use reverse mode (backward, vjp)"

@@ -13,6 +13,9 @@ REFERENCE = "softdimo_reference"
 KERNELS = "softdimo"
 TRITON = "softdimo_triton"
 
+# Types of arguments in which no tensor subclass hides.
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, list})
+
 
 def reference_operator(
     name: str,
@@ -81,19 +84,15 @@ def differentiable(
     rule: Any = type(operator_name, (torch.autograd.Function,), members)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or not all(map(_is_plain, args)):
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return operator(*args)
-        if torch._C._are_functorch_transforms_active():
+        if not _PLAIN.issuperset(map(type, args)):
             return operator(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return rule.apply(*args)
         return below_autograd(*args)
 
     return call
-
-
-def _is_plain(value: object) -> bool:
-    return not isinstance(value, Tensor) or type(value) in (Tensor, torch.nn.Parameter)
 
 
 def register_double_backward(

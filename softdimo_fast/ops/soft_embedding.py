@@ -174,9 +174,10 @@ def _obstacles(
     logits: Tensor, codebook: Tensor, *others: Tensor | None, truncates: bool
 ) -> dict[str, str]:
     obstacles = _backends.obstacles(logits, "cpp", "cuda", "triton")
-    beyond = triton_kernels.obstacle(logits, codebook, *others, truncates=truncates)
-    if beyond is not None:
-        obstacles.setdefault("triton", beyond)
+    if "triton" not in obstacles:
+        beyond = triton_kernels.obstacle(logits, codebook, *others, truncates=truncates)
+        if beyond is not None:
+            obstacles["triton"] = beyond
     if "cuda" in obstacles:
         return obstacles
     width = codebook.shape[-1]

@@ -1,150 +1,24 @@
-// Rows and entries of the divergences: how logits are read, and what one entry contributes. See divergence.cpp.
+// Entries of the divergences: what one contributes. See divergence.cpp.
 #pragma once
 
-#include <cmath>
-
-#include "simd.h"
-#include "softdimo/cpu/divergence.h"
+#include "divergence_rows.h"
 
 namespace softdimo::cpu::SOFTDIMO_ISA {
 
 template <class T>
-constexpr int64_t kChunk = 32 * kLanes<T>;  // entries that are read at a time; sums over chunks are in double
-template <class T>
-constexpr DType kType = sizeof(T) == 8 ? DType::float64 : DType::float32;
-template <class T>
-constexpr T kInfinity = static_cast<T>(HUGE_VAL);
-template <class T>
-constexpr T kNothing = static_cast<T>(__builtin_nan(""));
-template <class T>
 constexpr T kFar = T(1e30);  // scaled logits and log ratios end here: 0 times such a one is 0
-
-SOFTDIMO_ALWAYS_INLINE bool is_finite(double x) { return x - x == 0; }
-
-template <class T>
-SOFTDIMO_ALWAYS_INLINE constexpr int64_t padded(int64_t count) {
-  return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-}
-
-// A sum in double of vectors, by lane.
-template <class T>
-struct Total {
-  double lane[kLanes<T>] = {};
-
-  SOFTDIMO_ALWAYS_INLINE void add(Vec<T> v) {
-    T part[kLanes<T>];
-    store(part, v);
-    for (int i = 0; i < kLanes<T>; ++i) lane[i] += static_cast<double>(part[i]);
-  }
-  SOFTDIMO_ALWAYS_INLINE double sum() const {
-    double part[kLanes<T>];
-    std::memcpy(part, lane, sizeof part);
-    for (int width = kLanes<T> / 2; width > 0; width /= 2) {
-      for (int i = 0; i < width; ++i) part[i] += part[i + width];
-    }
-    return part[0];
-  }
-};
-
-// ---------------------------------------------------------------------------------------------------
-// reading rows
-
-template <class T>
-struct Row {
-  int64_t index;
-  const char *teacher, *uncond, *model;  // its first logits
-  T guidance;
-};
-
-SOFTDIMO_ALWAYS_INLINE int64_t row_index(const Divergence& s, int64_t i) {
-  return s.counted != nullptr ? s.counted[i] : i;
-}
-
-SOFTDIMO_ALWAYS_INLINE const char* first_logit(const LogitRows& logits, int64_t row) {
-  return static_cast<const char*>(logits.data) + logits.rows.offset(row) * size_of(logits.type);
-}
-
-template <class T>
-SOFTDIMO_ALWAYS_INLINE Row<T> find_row(const Divergence& s, int64_t row) {
-  Row<T> found{row, first_logit(s.teacher, row), nullptr, first_logit(s.model, row), T(1)};
-  if (s.uncond.data == nullptr) return found;
-  found.uncond = first_logit(s.uncond, row);
-  found.guidance = s.row_guidance != nullptr ? static_cast<const T*>(s.row_guidance)[row] : static_cast<T>(s.guidance);
-  return found;
-}
-
-// Room for one chunk, where it cannot be read or written in place.
-template <class T>
-struct Buffers {
-  alignas(64) T teacher[kChunk<T>];
-  alignas(64) T uncond[kChunk<T>];
-  alignas(64) T model[kChunk<T>];
-};
-
-// Entries [first, first + count) of a row as T, then -inf up to padded(count).
-template <class T>
-SOFTDIMO_ALWAYS_INLINE const T* read(const char* row, DType type, int64_t first, int64_t count, T* copy) {
-  if (type == kType<T> && count % kLanes<T> == 0) return reinterpret_cast<const T*>(row) + first;
-  widen(row, type, first, count, copy);
-  for (int64_t v = count; v < padded<T>(count); ++v) copy[v] = -kInfinity<T>;
-  return copy;
-}
-
-// u + s (c - u) from its nearer end, s != 1. -inf where both are; +inf in either makes +inf or NaN of it.
-template <class T>
-SOFTDIMO_ALWAYS_INLINE Vec<T> guide(Vec<T> c, Vec<T> u, T s) {
-  Vec<T> step = (c == -kInfinity<T>)&(u == -kInfinity<T>) ? Vec<T>{} : c - u;
-  step = u == kInfinity<T> ? splat(kNothing<T>) : step;
-  return s < T(1) ? u + s * step : c + (s - T(1)) * step;
-}
-
-template <class T>
-struct Chunk {
-  const T *teacher, *model;
-  int64_t end;  // padded
-};
-
-template <class T>
-SOFTDIMO_ALWAYS_INLINE Chunk<T> read_chunk(const Divergence& s, const Row<T>& row, int64_t first, Buffers<T>& room) {
-  const int64_t count = smaller(kChunk<T>, s.vocabulary - first), end = padded<T>(count);
-  const T* teacher = read(row.teacher, s.teacher.type, first, count, room.teacher);
-  if (row.guidance != T(1)) {
-    const T* uncond = read(row.uncond, s.uncond.type, first, count, room.uncond);
-    for (int64_t v = 0; v < end; v += kLanes<T>) {
-      store(room.teacher + v, guide(load(teacher + v), load(uncond + v), row.guidance));
-    }
-    teacher = room.teacher;
-  }
-  return {teacher, read(row.model, s.model.type, first, count, room.model), end};
-}
-
-SOFTDIMO_ALWAYS_INLINE void prefetch(const char* row, DType type, int64_t first, int64_t last) {
-  const int64_t end = last * size_of(type);
-  for (int64_t byte = first * size_of(type); byte < end; byte += 64) __builtin_prefetch(row + byte, 0, 2);
-}
-
-// Into the second cache, while another row is worked on.
-template <class T>
-SOFTDIMO_ALWAYS_INLINE void prefetch_chunk(const Divergence& s, const Row<T>& row, int64_t first) {
-  const int64_t last = smaller(first + kChunk<T>, s.vocabulary);
-  prefetch(row.teacher, s.teacher.type, first, last);
-  prefetch(row.model, s.model.type, first, last);
-  if (row.guidance != T(1)) prefetch(row.uncond, s.uncond.type, first, last);
-}
-
-// ---------------------------------------------------------------------------------------------------
-// entries
+constexpr double kLog2E = 1.4426950408889634074;
 
 template <class T>
 struct Scale {
   T top;
+  T binary;                // log2(e) / temperature
   T inverse, inverse_low;  // 1 / temperature, as a sum of two: the product is rounded like the quotient
   T least;                 // -kFar times the temperature
 };
 
 template <class T>
-SOFTDIMO_ALWAYS_INLINE Scale<T> scale_of(double logit, double temperature) {
-  const T top = static_cast<T>(logit);
+SOFTDIMO_ALWAYS_INLINE Scale<T> scale_of(double temperature) {
   const double most = sizeof(T) == 8 ? 1.7e308 : 3.4e38;
   // Nothing finite is told apart above most / 100, and there an absent entry would come out within reach of exp.
   temperature = temperature > most / 100 ? most / 100 : temperature;
@@ -152,24 +26,82 @@ SOFTDIMO_ALWAYS_INLINE Scale<T> scale_of(double logit, double temperature) {
   const double far = static_cast<double>(kFar<T>) * temperature;
   const double inverse = 1 / temperature;
   const T least = static_cast<T>(far > most ? -most : -far);
-  if (inverse > most) return {top, static_cast<T>(most), T(0), least};
+  const T binary = static_cast<T>(kLog2E * inverse > most ? most : kLog2E * inverse);
+  if (inverse > most) return {T(0), binary, static_cast<T>(most), T(0), least};
   const T high = static_cast<T>(inverse);
   const double wide = inverse - static_cast<double>(high), rest = ::fma(-inverse, temperature, 1.0) * inverse;
-  return {top, high, static_cast<T>(sizeof(T) == 8 ? rest : wide), least};
+  return {T(0), binary, high, static_cast<T>(sizeof(T) == 8 ? rest : wide), least};
 }
 
-// distance / temperature, not beyond kFar; NaN for NaN. kUnit: the temperature is 1.
-template <bool kUnit, class T>
+template <class T>
+struct Scales {
+  Scale<T> teacher, model;
+
+  explicit Scales(const Divergence& s)
+      : teacher(scale_of<T>(s.teacher_temperature)), model(scale_of<T>(s.model_temperature)) {}
+
+  SOFTDIMO_ALWAYS_INLINE void set_tops(const RowStatistics& row) {
+    teacher.top = static_cast<T>(row.teacher_top);
+    model.top = static_cast<T>(row.model_top);
+  }
+};
+
+// log2 of exp((logit - top) / temperature).
+template <class T>
+SOFTDIMO_ALWAYS_INLINE Vec<T> binary_below_top(Vec<T> logit, const Scale<T>& scale) {
+  return (logit - scale.top) * scale.binary;
+}
+
+// own - other. An absent entry weighs nothing, where 0 times infinity would be NaN: in KL(own || other) where `own`
+// lacks it; where both divergences are wanted (kBoth) if both sides do. Otherwise their sums become infinite or NaN.
+template <bool kBoth, class T>
+SOFTDIMO_ALWAYS_INLINE Vec<T> binary_difference(Vec<T> own, Vec<T> other) {
+  const Vec<T> d = own - other;
+  if constexpr (kBoth) return own == other ? Vec<T>{} : d;
+  else return greater<T>(d, splat(-kFar<T>));
+}
+
+// 2^t for t <= 0, to 1e-7 of itself beside the rounding; exactly 1 for 0, 0 below the normal range, NaN for NaN.
+// Numbers below the normal range would take the processor a hundred times as long.
+SOFTDIMO_ALWAYS_INLINE Vec<float> exp2_below(Vec<float> t) {
+#if SOFTDIMO_SIMD_BYTES == 64 && defined(__AVX512DQ__)
+  constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  const Vec<float> r = (Vec<float>)_mm512_reduce_ps((__m512)t, kDown);  // t - floor(t); 0 for an infinity
+  Vec<float> poly = r * 1.8671304e-03f + 9.01703e-03f;
+  poly = poly * r + 5.5799913e-02f;
+  poly = poly * r + 2.4016444e-01f;
+  poly = poly * r + 6.931513e-01f;
+  poly = poly * r + 1.0f;
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)t, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return (Vec<float>)_mm512_maskz_scalef_ps(normal, (__m512)poly, (__m512)t);
+#else
+  constexpr float kMagic = 12583039.0f;  // 1.5 * 2^23 + 127: adding it rounds, and leaves the exponent's bits last
+  const Vec<float> shifted = t + kMagic, r = t - (shifted - kMagic);
+  Vec<float> poly = r * 1.3264727e-03f + 9.671513e-03f;
+  poly = poly * r + 5.5507336e-02f;
+  poly = poly * r + 2.4022242e-01f;
+  poly = poly * r + 6.93147e-01f;
+  poly = poly * r + 1.0f;
+  return t < -126.0f ? Vec<float>{} : poly * (Vec<float>)((UintVec)shifted << 23);
+#endif
+}
+SOFTDIMO_ALWAYS_INLINE Vec<double> exp2_below(Vec<double> t) {
+  Vec<double> out{};
+  for (int i = 0; i < kLanes<double>; ++i) out[i] = ::exp2(t[i]);
+  return out;
+}
+
+// distance / temperature, not beyond kFar; NaN for NaN.
+template <class T>
 SOFTDIMO_ALWAYS_INLINE Vec<T> scaled(Vec<T> distance, const Scale<T>& scale) {
   const Vec<T> d = scale.least > distance ? scale.least : distance;
-  if constexpr (kUnit) return d;
   return d * scale.inverse + d * scale.inverse_low;
 }
 
 // (logit - top) / temperature, at most 0.
-template <bool kUnit, class T>
+template <class T>
 SOFTDIMO_ALWAYS_INLINE Vec<T> below_top(Vec<T> logit, const Scale<T>& scale) {
-  return scaled<kUnit, T>(logit - scale.top, scale);
+  return scaled<T>(logit - scale.top, scale);
 }
 
 // exp(x) for x <= 0, a third faster than exp_nonpositive: to 1e-8 + 2e-9 x beside its rounding, much less than what
@@ -206,14 +138,13 @@ struct Centred {
 };
 
 template <class T>
-SOFTDIMO_ALWAYS_INLINE Centred<T> centred_row(const Divergence& s, const RowStatistics& row) {
-  const T teacher_top = static_cast<T>(row.teacher_top), model_top = static_cast<T>(row.model_top);
-  const T top = teacher_top - model_top;
-  return {scale_of<T>(row.teacher_top, s.teacher_temperature),
-          scale_of<T>(row.model_top, s.model_temperature),
+SOFTDIMO_ALWAYS_INLINE Centred<T> centred_row(const Divergence& s, const Scales<T>& scales, const RowStatistics& row) {
+  const T top = scales.teacher.top - scales.model.top;
+  return {scales.teacher,
+          scales.model,
           s.teacher_temperature == s.model_temperature,
           top,
-          rounding(teacher_top, model_top, top),
+          rounding(scales.teacher.top, scales.model.top, top),
           static_cast<T>(1 / row.teacher_sum),
           static_cast<T>(1 / row.model_sum),
           static_cast<T>(row.centre),
@@ -227,7 +158,7 @@ SOFTDIMO_ALWAYS_INLINE Vec<T> exact_difference(const Centred<T>& c, Vec<T> a, Ve
   const Vec<T> entry = a - b;
   const Vec<T> d = (entry - c.top) + (rounding(a, b, entry) - c.top_rounding);
   const T most = -c.teacher.least;
-  return scaled<false, T>(most < d ? most : d, c.teacher);
+  return scaled<T>(most < d ? most : d, c.teacher);
 }
 
 // (x + expm1(-x)) / x^2 for |x| < 1/2, to the last bit or so.
@@ -260,7 +191,7 @@ struct Entry {
 // nearly equal ones are p and p exp(-r). An entry that is -inf on one side has a ratio of -kFar or kFar.
 template <class T>
 SOFTDIMO_ALWAYS_INLINE Entry<T> centred_entry(const Centred<T>& c, Vec<T> a, Vec<T> b) {
-  const Vec<T> x = below_top<false, T>(a, c.teacher), y = below_top<false, T>(b, c.model);
+  const Vec<T> x = below_top<T>(a, c.teacher), y = below_top<T>(b, c.model);
   Vec<T> d = x - y;
   if (c.same_temperature) {
     const Vec<T> exact = exact_difference(c, a, b);

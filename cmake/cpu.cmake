@@ -15,6 +15,7 @@ set(vector_sources
     csrc/cpu/masked_cross_entropy.cpp
     csrc/cpu/sample_tokens.cpp
     csrc/cpu/soft_embedding_by_row.cpp
+    csrc/cpu/soft_embedding_tiny.cpp
     csrc/cpu/token_statistics.cpp)
 set(bindings
     csrc/bind_cpu/distribution_matching_loss.cpp

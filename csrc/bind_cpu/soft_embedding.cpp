@@ -2,6 +2,7 @@
 
 #include "bind_cpu/tensors.h"
 #include "softdimo/cpu/soft_embedding.h"
+#include "softdimo/cpu/soft_embedding_tiny.h"
 
 namespace softdimo::cpu {
 namespace {
@@ -28,9 +29,15 @@ const ForwardKernels& forward_kernels(const SoftEmbedding& s, const Settings& se
 const BackwardKernels& backward_kernels(const SoftEmbedding& s, const Settings& settings) {
   return choose<BackwardKernels>(SOFTDIMO_PRODUCT_TABLE(soft_embedding_backward_table), s, settings);
 }
+const SoftEmbeddingTinyTable& tiny_kernels() { return SOFTDIMO_TABLE(soft_embedding_tiny_table); }
 const RowKernels& row_kernels(ScalarType type) {
   const SoftEmbeddingRowTable& table = SOFTDIMO_TABLE(soft_embedding_row_table);
   return type == ScalarType::Double ? table.float64 : table.float32;
+}
+
+// Whether the kernels for tiny vocabularies take the call, apart from hard values and gradients of the temperature.
+bool takes_tiny(const SoftEmbedding& s, const Settings& settings) {
+  return settings.compute == ScalarType::Float && is_tiny(s) && !s.noise && s.row_threshold == nullptr;
 }
 
 // A call with everything it points at.
@@ -140,6 +147,27 @@ std::tuple<Tensor, Tensor> truncated(Prepared& prepared, const Tensor& logits, s
   return {threshold, last};
 }
 
+void run_forward(Forward job, const Settings& settings, const Tensor& like) {
+  const SoftEmbedding& s = job.call;
+  Workspace room;
+  const auto pack = [&](const auto& kernels) {
+    const int64_t packed = room.add(kernels.packed_bytes(s));
+    room.allocate(like);
+    pack_codebook(job.call, kernels, room.at(packed));
+  };
+  if (takes_tiny(s, settings) && !job.hard) {
+    pack(tiny_kernels());
+    return parallel_entries((s.rows + kTinyRows - 1) / kTinyRows, kTinyRows * s.vocabulary,
+                            [&](int64_t begin, int64_t end) { tiny_kernels().forward(job, begin, end); });
+  }
+  const ForwardKernels& kernels = forward_kernels(s, settings);
+  const int64_t positions = s.rows / s.groups;
+  job.block_rows = forward_block_rows(s, settings.bfloat16);
+  pack(kernels);
+  parallel(s.groups * ((positions + job.block_rows - 1) / job.block_rows),
+           [&](int64_t begin, int64_t end) { kernels.forward(job, begin, end); });
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_embedding(
     const Tensor& logits, const Tensor& codebook, double temperature, const OptionalTensor& row_temperature,
     const OptionalTensor& mask, const OptionalTensor& mask_embedding, const OptionalTensor& seed,
@@ -147,25 +175,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> soft_embedding(
     bool hard) {
   Prepared prepared =
       prepare(logits, codebook, temperature, row_temperature, mask, mask_embedding, seed, row_ids, high_precision);
-  SoftEmbedding& s = prepared.call;
+  const SoftEmbedding& s = prepared.call;
   const ScalarType compute = prepared.settings.compute;
-  const ForwardKernels& kernels = forward_kernels(s, prepared.settings);
-  Workspace room;
-  const int64_t packed = room.add(kernels.packed_bytes(s));
-  room.allocate(logits);
-  pack_codebook(s, kernels, room.at(packed));
   const auto [threshold, last] = truncated(prepared, logits, top_k, top_p);
   const Shape rows = leading_shape(logits), shape = with(rows, s.width);
   Tensor value = output(codebook, shape, codebook.scalar_type());
   Tensor row_max = output(logits, rows, ScalarType::Double), row_sum = output(logits, rows, compute);
   const bool keeps_soft = hard || codebook.scalar_type() != compute;
   Tensor soft = keeps_soft ? output(logits, shape, compute) : torch::stable::new_empty(logits, {0}, compute);
-
-  const int64_t positions = s.rows / s.groups, block = forward_block_rows(s, prepared.settings.bfloat16);
-  const Forward job{s, hard, block, value.mutable_data_ptr(), static_cast<double*>(row_max.mutable_data_ptr()),
+  const Forward job{s, hard, 0, value.mutable_data_ptr(), static_cast<double*>(row_max.mutable_data_ptr()),
                     row_sum.mutable_data_ptr(), keeps_soft ? soft.mutable_data_ptr() : nullptr};
-  parallel(s.groups * ((positions + block - 1) / block),
-           [&](int64_t begin, int64_t end) { kernels.forward(job, begin, end); });
+  run_forward(job, prepared.settings, logits);
   return {value, row_max, row_sum, soft, threshold, last};
 }
 
@@ -260,11 +280,45 @@ struct Gradients {
 
 void* data_of(OptionalTensor& tensor) { return tensor.has_value() ? tensor->mutable_data_ptr() : nullptr; }
 
-Gradients run_backward(Prepared& prepared, const Tensor& upstream, const Tensor& logits, const Tensor& codebook,
-                       const Saved& saved, bool wants_logits, bool wants_codebook, bool wants_temperature) {
-  SoftEmbedding& s = prepared.call;
-  const ScalarType compute = prepared.settings.compute;
-  const BackwardKernels& kernels = backward_kernels(s, prepared.settings);
+Backward backward_job(const SoftEmbedding& s, const Tensor& upstream, const Saved& saved) {
+  Backward job{};
+  job.call = s;
+  job.grad = upstream.const_data_ptr();
+  job.row_max = static_cast<const double*>(saved.row_max.const_data_ptr());
+  job.row_sum = saved.row_sum.const_data_ptr();
+  job.soft = saved.soft.const_data_ptr();
+  return job;
+}
+
+Gradients run_tiny_backward(Backward job, const Tensor& logits, const Tensor& codebook, bool wants_logits,
+                            bool wants_codebook) {
+  constexpr int64_t kSplitRows = 512, kMostSplits = 64;
+  const SoftEmbedding& s = job.call;
+  job.splits = std::clamp<int64_t>(s.rows / kSplitRows, 1, kMostSplits);
+  Gradients out;
+  if (wants_logits) out.dlogits = output(logits, leading_shape(logits, 0), logits.scalar_type());
+  if (wants_codebook) {
+    out.dcodebook = output(logits, {job.splits, s.groups, s.vocabulary, s.width}, ScalarType::Double);
+  }
+  job.dlogits = data_of(out.dlogits);
+  job.dcodebook = data_of(out.dcodebook);
+  Workspace room;
+  const int64_t packed = room.add(tiny_kernels().packed_bytes(s));
+  room.allocate(logits);
+  pack_codebook(job.call, tiny_kernels(), room.at(packed));
+  parallel(job.splits, [&](int64_t begin, int64_t end) { tiny_kernels().backward(job, begin, end); });
+  if (wants_codebook) out.dcodebook = reduced(*out.dcodebook, job.splits, codebook);
+  return out;
+}
+
+Gradients run_backward(Backward job, const Settings& settings, const Tensor& logits, const Tensor& codebook,
+                       bool wants_logits, bool wants_codebook, bool wants_temperature) {
+  const SoftEmbedding& s = job.call;
+  if (takes_tiny(s, settings) && !wants_temperature) {
+    return run_tiny_backward(job, logits, codebook, wants_logits, wants_codebook);
+  }
+  const ScalarType compute = settings.compute;
+  const BackwardKernels& kernels = backward_kernels(s, settings);
   const Cut cut = backward_cut(s);
   const ScalarType sums = sums_in_double(s) ? ScalarType::Double : compute;
   const bool in_place = cut.splits == 1 && codebook.scalar_type() == sums;  // nothing left to reduce
@@ -275,13 +329,7 @@ Gradients run_backward(Prepared& prepared, const Tensor& upstream, const Tensor&
                              : output(logits, {cut.splits, s.groups, s.vocabulary, s.width}, sums);
   }
   if (wants_temperature) out.slopes = torch::stable::new_empty(logits, {s.rows}, compute);
-  Backward job{};
-  job.call = s;
-  job.grad = upstream.const_data_ptr();
-  job.row_max = static_cast<const double*>(saved.row_max.const_data_ptr());
-  job.row_sum = saved.row_sum.const_data_ptr();
-  job.soft = saved.soft.const_data_ptr();
-  job.block_rows = prepared.settings.bfloat16 ? kBlockRows : kWideRows;
+  job.block_rows = settings.bfloat16 ? kBlockRows : kWideRows;
   job.tile = cut.tile;
   job.splits = cut.splits;
   job.dlogits = data_of(out.dlogits);
@@ -322,7 +370,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> soft_embedding_backward(
   const bool wants_temperature = wanted[2] && row_temperature.has_value();
   Gradients found;
   if (wanted[0] || wanted[1] || wants_temperature) {
-    found = run_backward(prepared, upstream, logits, codebook, saved, wanted[0], wanted[1], wants_temperature);
+    found = run_backward(backward_job(s, upstream, saved), prepared.settings, logits, codebook, wanted[0], wanted[1],
+                         wants_temperature);
   }
   OptionalTensor dtemperature, dmask;
   if (wants_temperature) {

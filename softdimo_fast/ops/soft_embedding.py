@@ -17,9 +17,10 @@ from softdimo_fast.ops.triton import soft_embedding as triton_kernels
 
 NAME = "soft_embedding"
 
-# The widest codebook of the CUDA kernels; vocabularies and widths up to TINY have kernels of their own.
+# The widest codebook of the CUDA kernels; vocabularies and widths up to TINY have kernels of their own, on
+# CPUs from TINY_LEAST entries on (csrc/include/softdimo/cpu/soft_embedding_tiny.h).
 CUDA_WIDTH = 128
-TINY_VOCABULARY, TINY_WIDTH = 256, 16
+TINY_LEAST, TINY_VOCABULARY, TINY_WIDTH = 16, 256, 16
 
 
 class _Call(NamedTuple):
@@ -84,7 +85,8 @@ def soft_embedding(
         precision: ``"default"`` or ``"high"``: probabilities enter the products in one or in two 16-bit
             terms (relative error 2^-9 or 2^-17 in bfloat16, 2^-12 or 2^-22 in float16). Only kernels that
             multiply in half precision differ. The C++ kernels do so for a bfloat16 codebook of more than 8
-            columns, with sums in float32, on processors with AVX512-BF16 or AMX; the CUDA kernels for
+            columns, with sums in float32, on processors with AVX512-BF16 or AMX (but for up to 16 columns
+            of 16 to 256 entries, without options beyond temperature and mask); the CUDA kernels for
             bfloat16 and float16 codebooks, where they may take two terms in either case
             (:func:`softdimo_fast.explain` tells). Everywhere else they, and the reference always, multiply
             in float32 or wider.
@@ -352,12 +354,21 @@ def _triton_kernel(call: _Call) -> str:
     return triton_kernels.kernel(call.logits, call.codebook, call.high_precision)
 
 
+def _is_tiny(call: _Call) -> bool:
+    """Whether the C++ kernels for tiny vocabularies take a call that computes in float32."""
+    vocabulary, width = call.codebook.shape[-2:]
+    plain = call.seed is None and call.top_k is None and call.top_p is None and not call.hard
+    return plain and TINY_LEAST <= vocabulary <= TINY_VOCABULARY and width <= TINY_WIDTH
+
+
 def _cpp_kernel(call: _Call) -> str:
     """The C++ kernel of a call: its instruction set and what it multiplies in."""
     isa = _library.cpu_isa()
     tensors = (call.logits, call.codebook, call.row_temperature, call.mask_embedding)
     if compute_dtype(*tensors) == torch.float64:
         products = "float64"
+    elif _is_tiny(call):
+        products = "float32, tiny vocabulary"
     elif call.codebook.shape[-1] <= reference.NARROW_WIDTH:
         products = "float32, sums in float64"
     elif call.codebook.dtype == torch.bfloat16 and isa.endswith("bf16"):

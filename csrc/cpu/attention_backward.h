@@ -44,8 +44,7 @@ struct BackwardScratch {
         lines(kLanes<T> * rounded_up(a.width, 32)),
         rows(5 * rounded_up(a.queries, 32)),
         factors(kBackwardRows),
-        kept(a.keys),
-        wanted(a.queries),
+        chosen(a.keys, a.queries),
         ahead(2 * a.queries + 2 * kBackwardRows + 2 * a.keys, row_bytes(a)),
         most_queries(rounded_up(a.queries, 32)) {
     for (int64_t i = 0; i < kBackwardRows; ++i) factors[i] = P::kScalesQueries ? static_cast<T>(a.scale) : T(1);
@@ -59,7 +58,7 @@ struct BackwardScratch {
   Scratch<E> keys, values, keys_across, queries, grads, queries_across, grads_across, queries_right, grads_right;
   Scratch<E> weights, slopes;
   Scratch<T> scores, dweights, dquery, dkey, dvalue, lines, rows, factors;
-  Scratch<int64_t> kept, wanted;
+  TakingPart chosen;
   Ahead ahead;
   int64_t most_queries;
 };
@@ -131,8 +130,8 @@ void backward_block(const AttentionBackward& b, const Place& at, BackwardScratch
   const bool slopes_wanted = b.dquery != nullptr || b.dkey != nullptr;
   const Block<typename P::Entry> queries{x.queries.get(), P::row_stride(a.width), rows, a.width};
   const Block<typename P::Entry> grads{x.grads.get(), P::row_stride(a.value_width), rows, a.value_width};
-  read_block<P>(a.query, at, x.wanted.get() + first, P::kScalesQueries ? scale : T(1), queries);
-  read_block<P>(b.grad, at, x.wanted.get() + first, T(1), grads);
+  read_block<P>(a.query, at, x.chosen.wanted.get() + first, P::kScalesQueries ? scale : T(1), queries);
+  read_block<P>(b.grad, at, x.chosen.wanted.get() + first, T(1), grads);
   T *scores = x.scores.get(), *dweights = x.dweights.get();
   P::multiply(keys, rows, a.width, P::left(block.keys), P::right_across(queries, x.queries_across.get()), scores, row,
               false, x.ahead.share(2 * blocks_left));
@@ -174,8 +173,8 @@ KeyBlock<P> read_keys(const MaskedAttention& a, const Place& at, BackwardScratch
                     {},
                     first,
                     first > 0};
-  read_block<P>(a.key, at, x.kept.get() + first, T(1), block.keys);
-  read_block<P>(a.value, at, x.kept.get() + first, T(1), block.values);
+  read_block<P>(a.key, at, x.chosen.kept.get() + first, T(1), block.keys);
+  read_block<P>(a.value, at, x.chosen.kept.get() + first, T(1), block.values);
   block.keys_across = P::left_across(block.keys, x.keys_across.get());
   return block;
 }
@@ -195,7 +194,7 @@ void load_statistics(const AttentionBackward& b, const Place& at, BackwardScratc
   using T = typename P::Number;
   const Statistics<T> s = x.statistics();
   for (int64_t m = 0; m < rounded_up(rows, kLanes<T>); ++m) {
-    const int64_t row = at.index * b.call.queries + (m < rows ? x.wanted[m] : 0);
+    const int64_t row = at.index * b.call.queries + (m < rows ? x.chosen.wanted[m] : 0);
     s.top[m] = m < rows ? static_cast<const T*>(b.row_max)[row] : T(0);
     s.inverse[m] = m < rows ? T(1) / static_cast<const T*>(b.row_sum)[row] : T(0);
     s.shift[m] = s.total[m] = s.mass[m] = T(0);
@@ -210,18 +209,17 @@ void clear_gradients(const AttentionBackward& b, const Place& at, BackwardScratc
     if (out == nullptr) return;
     clear_others(numbers, count, 0, length, row_bytes, static_cast<char*>(out) + at.index * length * row_bytes);
   };
-  clear(b.dquery, x.wanted.get(), rows, a.queries, a.width * size_of(a.query.type));
-  clear(b.dkey, x.kept.get(), kept, a.keys, a.width * size_of(a.key.type));
-  clear(b.dvalue, x.kept.get(), kept, a.keys, a.value_width * size_of(a.value.type));
+  clear(b.dquery, x.chosen.wanted.get(), rows, a.queries, a.width * size_of(a.query.type));
+  clear(b.dkey, x.chosen.kept.get(), kept, a.keys, a.width * size_of(a.key.type));
+  clear(b.dvalue, x.chosen.kept.get(), kept, a.keys, a.value_width * size_of(a.value.type));
 }
 
 template <class P>
 void backward_task(const AttentionBackward& b, const Place& at, const Place* next, BackwardScratch<P>& x) {
   using T = typename P::Number;
   const MaskedAttention& a = b.call;
-  int64_t kept = taking_part(a.key_mask, at.batch, 0, a.keys, x.kept.get());
-  int64_t rows = taking_part(a.query_mask, at.batch, 0, a.queries, x.wanted.get());
-  if (kept == 0 || rows == 0) kept = rows = 0;
+  x.chosen.find(a, at.batch, 0, a.queries);
+  const int64_t kept = x.chosen.keys, rows = x.chosen.rows;
   clear_gradients<P>(b, at, x, kept, rows);
   if (rows == 0) return;
   load_statistics<P>(b, at, x, rows);
@@ -229,14 +227,14 @@ void backward_task(const AttentionBackward& b, const Place& at, const Place* nex
   x.ahead.clear();
   for (int64_t m = first_rows; m < rows; m += kBackwardRows) {
     const int64_t count = smaller(kBackwardRows, rows - m);
-    x.ahead.add(a.query, at, x.wanted.get() + m, count);
-    x.ahead.add(b.grad, at, x.wanted.get() + m, count);
+    x.ahead.add(a.query, at, x.chosen.wanted.get() + m, count);
+    x.ahead.add(b.grad, at, x.chosen.wanted.get() + m, count);
   }
   if (next != nullptr) {
-    x.ahead.add(a.key, *next, x.kept.get(), kept);
-    x.ahead.add(a.value, *next, x.kept.get(), kept);
-    x.ahead.add(a.query, *next, x.wanted.get(), first_rows);
-    x.ahead.add(b.grad, *next, x.wanted.get(), first_rows);
+    x.ahead.add(a.key, *next, x.chosen.kept.get(), kept);
+    x.ahead.add(a.value, *next, x.chosen.kept.get(), kept);
+    x.ahead.add(a.query, *next, x.chosen.wanted.get(), first_rows);
+    x.ahead.add(b.grad, *next, x.chosen.wanted.get(), first_rows);
   }
   const Parts parts = cut(kept, kBackwardKeys);
   const auto pass = [&](int64_t part, bool sums, bool gradients) {
@@ -247,10 +245,10 @@ void backward_task(const AttentionBackward& b, const Place& at, const Place* nex
       const int64_t blocks_left = part > 0 ? 1 : (rows - m + kBackwardRows - 1) / kBackwardRows;
       backward_block<P>(b, at, x, block, m, size, sums, gradients, blocks_left);
       if (!gradients || part + 1 < parts.count || b.dquery == nullptr) continue;
-      P::write_columns(x.dquery_slab(m), x.kScoreRow, a.width, x.wanted.get() + m, size, x.factors.get(), x.lines.get(),
-                    b.dquery, a.query.type, at.index * a.queries);
+      P::write_columns(x.dquery_slab(m), x.kScoreRow, a.width, x.chosen.wanted.get() + m, size, x.factors.get(),
+                       x.lines.get(), b.dquery, a.query.type, at.index * a.queries);
     }
-    const int64_t* numbers = x.kept.get() + first;
+    const int64_t* numbers = x.chosen.kept.get() + first;
     if (gradients && b.dkey != nullptr) {
       write_rows(x.dkey.get(), padded<T>(a.width) + kPad, a.width, numbers, count, b.dkey, a.key.type, at.index * a.keys);
     }

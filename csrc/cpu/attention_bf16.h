@@ -23,6 +23,8 @@ struct Rounded {
   using Scope = ProductScope;
   static constexpr bool kScalesQueries = false;
   static constexpr bool kCopiesWeights = true;
+  static constexpr float kLog2e = 1.44269504088896341f;
+  static constexpr int64_t kForwardRows = 32;
 
   static int64_t row_stride(int64_t width) { return padded_depth(width) + kLeftPad; }
   static int64_t block_size(int64_t count, int64_t width) { return count * row_stride(width); }
@@ -33,14 +35,14 @@ struct Rounded {
   }
 
   SOFTDIMO_ALWAYS_INLINE static Vec<float> scaled(Vec<float> score, float scale) { return score * scale; }
-  // exp(scale score - top) within 1.1e-4, less than what rounding changes: 2^n times a cubic.
   SOFTDIMO_ALWAYS_INLINE static Vec<float> weight(Vec<float> score, float scale, Vec<float> top) {
-    constexpr float kLog2e = 1.44269504088896341f, kMagic = 12582912.0f;  // as in exp_nonpositive
-    const Vec<float> exponent = score * (scale * kLog2e) - top * kLog2e, least = splat(-127.0f);
-    const Vec<float> y = least > exponent ? least : exponent;  // 2^-127 comes out as zero
-    const Vec<float> shifted = y + kMagic, r = y - (shifted - kMagic);
-    const Vec<float> poly = ((r * 5.500895e-2f + 2.4221101e-1f) * r + 6.9328293e-1f) * r + 1.0f;
-    return (Vec<float>)((IntVec)poly + ((IntVec)shifted << 23));
+    return power(score * (scale * kLog2e) - top * kLog2e);
+  }
+  // 2^y within 9e-5 of its size, less than what rounding changes: 2^floor(y) times a cubic, exact for integers.
+  SOFTDIMO_ALWAYS_INLINE static Vec<float> power(Vec<float> y) {
+    const Vec<float> r = (Vec<float>)_mm512_reduce_ps((__m512)y, 0x09);  // y - floor(y)
+    const Vec<float> poly = ((r * 7.706716e-2f + 2.2764486e-1f) * r + 6.9511682e-1f) * r + 1.0f;
+    return (Vec<float>)_mm512_scalef_ps((__m512)poly, (__m512)y);
   }
 
   static void read(const Heads& tensor, int64_t first, int64_t width, float, Bfloat16* out) {
@@ -131,6 +133,44 @@ struct Rounded {
   };
   static Weights weights(float*, int64_t, int64_t keys, int64_t queries, Bfloat16* scratch) {
     return {scratch, scratch + right_size(keys, queries), right_panel(keys), row_stride(queries)};
+  }
+
+  static int64_t weight_rows_size(int64_t queries, int64_t keys) { return queries * row_stride(keys); }
+  static Block<Bfloat16> weight_rows(float*, int64_t, int64_t queries, int64_t keys, Bfloat16* scratch) {
+    return {scratch, row_stride(keys), queries, keys};
+  }
+  SOFTDIMO_ALWAYS_INLINE static Vec<float> weigh_row(const float* scores, int64_t keys, float scale, float top,
+                                                     Bfloat16* out) {
+    const Vec<float> factor = splat(scale * kLog2e), shift = splat(top * kLog2e);
+    Vec<float> sum{};
+    int64_t j = 0;
+    for (; j + 32 <= keys; j += 32) {
+      const Vec<float> first = power(load(scores + j) * factor - shift);
+      const Vec<float> second = power(load(scores + j + 16) * factor - shift);
+      sum += store_weights(first, second, out + j);
+    }
+    if (j < keys) {
+      const Vec<float> first = power(load(scores + j) * factor - shift);
+      const Vec<float> second = keys - j > 16 ? power(load(scores + j + 16) * factor - shift) : Vec<float>{};
+      sum += store_weights(first_lanes_or<float>(first, keys - j, Vec<float>{}),
+                           first_lanes_or<float>(second, keys - j - 16, Vec<float>{}), out + j);
+    }
+    return sum;
+  }
+  // Keeps 32 weights, rounded, and adds those.
+  SOFTDIMO_ALWAYS_INLINE static Vec<float> store_weights(Vec<float> first, Vec<float> second, Bfloat16* out) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    _mm512_storeu_si512(out, both);
+    return (Vec<float>)_mm512_slli_epi32(both, 16) + (Vec<float>)((UintVec)both & 0xFFFF0000u);
+  }
+
+  static void write_row(float* from, int64_t width, float factor, void* out, DType, int64_t first) {
+    Bfloat16* const row = static_cast<Bfloat16*>(out) + first;
+    for (int64_t d = 0; d < width; d += 32) {
+      const __mmask32 some = width - d >= 32 ? ~__mmask32{0} : (__mmask32{1} << (width - d)) - 1;
+      const __m512 low = (__m512)(load(from + d) * factor), high = (__m512)(load(from + d + 16) * factor);
+      _mm512_mask_storeu_epi16(row + d, some, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
   }
 
   // Rows `numbers` of a head, of which the first is row `first_row` of the tensor, from columns of [width, queries].

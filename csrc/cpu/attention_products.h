@@ -28,6 +28,7 @@ struct Plain {
   };
   static constexpr bool kScalesQueries = true;  // the scale goes into the queries
   static constexpr bool kCopiesWeights = false;
+  static constexpr int64_t kForwardRows = 48;
 
   static int64_t row_stride(int64_t width) { return padded<T>(width) + kPad; }
   static int64_t block_size(int64_t count, int64_t width) { return padded<T>(count) * row_stride(width); }
@@ -84,6 +85,39 @@ struct Plain {
   };
 
   static Weights weights(T* scores, int64_t row, int64_t, int64_t, T*) { return {scores, row}; }
+
+  // A matrix like the scores of [queries, keys]: where the scores were.
+  static int64_t weight_rows_size(int64_t, int64_t) { return 0; }
+  static Block<T> weight_rows(T* scores, int64_t row, int64_t queries, int64_t keys, T*) {
+    return {scores, row, queries, keys};
+  }
+  // A row of scores becomes weights exp(s - top); their sums by lanes.
+  SOFTDIMO_ALWAYS_INLINE static Vec<T> weigh_row(const T* scores, int64_t keys, T, T top, T* out) {
+    Vec<T> total{};
+    for (int64_t j = 0; j < keys;) {
+      Vec<T> part{};
+      const int64_t last = smaller(keys, j + kKeysPerSum * kLanes<T>);
+      for (; j + kLanes<T> <= last; j += kLanes<T>) {
+        const Vec<T> p = exp_nonpositive(load(scores + j) - top);
+        store(out + j, p);
+        part += p;
+      }
+      if (j < last) {
+        const Vec<T> p = exp_nonpositive(load(scores + j) - top);
+        store(out + j, p);
+        part += first_lanes_or<T>(p, last - j, Vec<T>{});
+        j = last;
+      }
+      total += part;
+    }
+    return total;
+  }
+
+  // A row of the output from a row of [queries, width] times a factor.
+  static void write_row(T* from, int64_t width, T factor, void* out, DType type, int64_t first) {
+    for (int64_t d = 0; d < width; ++d) from[d] *= factor;
+    narrow(from, width, out, type, first);
+  }
 
   // Rows `numbers` of a head, of which the first is row `first_row` of the tensor, from columns of [width, queries]
   // times a factor each.

@@ -21,6 +21,14 @@ struct Block {
   int64_t width;
 };
 
+// The first `count` lanes, at least none, and another's others.
+template <class T>
+SOFTDIMO_ALWAYS_INLINE Vec<T> first_lanes_or(Vec<T> v, int64_t count, Vec<T> other) {
+  decltype(v < v) lane{};
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  return lane < static_cast<decltype(lane[0] + 0)>(count) ? v : other;
+}
+
 // Sums over keys take this many at a time: one long chain would round each term at the size of the whole.
 constexpr int64_t kKeysPerSum = 16;
 
@@ -43,6 +51,27 @@ inline int64_t taking_part(const RowMask& mask, int64_t batch, int64_t begin, in
   }
   return count;
 }
+
+// The keys, and the queries in [begin, end), of a sample that take part: none unless there are both.
+class TakingPart {
+ public:
+  TakingPart(int64_t most_keys, int64_t most_queries) : kept(most_keys), wanted(most_queries) {}
+
+  void find(const MaskedAttention& a, int64_t batch, int64_t begin, int64_t end) {
+    if (batch == batch_ && begin == begin_) return;  // the head before was of the same sample
+    batch_ = batch;
+    begin_ = begin;
+    keys = taking_part(a.key_mask, batch, 0, a.keys, kept.get());
+    rows = keys > 0 ? taking_part(a.query_mask, batch, begin, end, wanted.get()) : 0;
+    keys = rows > 0 ? keys : 0;
+  }
+
+  Scratch<int64_t> kept, wanted;
+  int64_t keys = 0, rows = 0;
+
+ private:
+  int64_t batch_ = -1, begin_ = -1;
+};
 
 // Where a task is.
 struct Place {
@@ -90,13 +119,19 @@ inline int64_t row_bytes(const MaskedAttention& a) {
 }
 
 // Zeros in the rows of [begin, end) that are not among `numbers`.
-inline void clear_others(const int64_t* numbers, int64_t count, int64_t begin, int64_t end, int64_t row_bytes, char* out) {
+inline void clear_others(const int64_t* numbers, int64_t count, int64_t begin, int64_t end, int64_t row_bytes,
+                         char* out) {
+  if (count == end - begin) return;
+  constexpr int64_t kStep = SOFTDIMO_SIMD_BYTES;
   for (int64_t i = begin, next = 0; i < end; ++i) {
     if (next < count && numbers[next] == i) {
       ++next;
-    } else {
-      std::memset(out + i * row_bytes, 0, static_cast<size_t>(row_bytes));
+      continue;
     }
+    char* const row = out + i * row_bytes;
+    int64_t done = 0;
+    for (; done + kStep <= row_bytes; done += kStep) store(reinterpret_cast<float*>(row + done), Vec<float>{});
+    if (done < row_bytes) std::memset(row + done, 0, static_cast<size_t>(row_bytes - done));
   }
 }
 

@@ -1,11 +1,13 @@
 // masked_attention on CPUs, forward and backward; compiled once per instruction set.
 //
-//   forward   s = scale k q^T,  p = exp(s - max) / sum,  o^T = v^T p
-//   backward  dv = p g,  dp = v g^T,  ds = p (dp - sum_j p dp),  dk = scale ds q,  dq^T = scale k^T ds
+//   forward   s = scale q k^T,  p = exp(s - max) / sum,  o = p v
+//   backward  s = scale k q^T,  dv = p g,  dp = v g^T,  ds = p (dp - sum_j p dp),  dk = scale ds q,  dq^T = scale k^T ds
 //
-// Scores are held as [keys, queries], so that each query has a lane of its own: maxima and sums need no step across
-// lanes, and keys and values are operands as they lie in memory. Keys that take part are gathered as they are read,
-// queries that are wanted likewise; the others are never read and cost nothing.
+// Forward, scores are held as [queries, keys]: keys are transposed once a head, while queries, values, weights and the
+// output are operands, or rows of the result, as they lie. Maxima and sums of a vector's worth of rows cross lanes
+// together. Backward, scores are held as [keys, queries]: each query has a lane of its own, and the products commute,
+// so that a score has the same bits as in the forward. Keys that take part are gathered as they are read, queries that
+// are wanted likewise; the others are never read and cost nothing.
 //
 // With R wanted queries and K keys that take part, of width d (values: d_v), per batch item and head:
 //   forward   2 R K (d + d_v) FLOP, R K exponentials

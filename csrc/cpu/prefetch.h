@@ -20,13 +20,18 @@ class Prefetch {
     owed_ = 0;
   }
   SOFTDIMO_ALWAYS_INLINE void step() {
-    for (owed_ += lines_; owed_ >= steps_; owed_ -= steps_) {
-      __builtin_prefetch(static_cast<const char*>(*rows_) + line_ * kLine, 0, 2);
-      if (++line_ == per_row_) {
-        line_ = 0;
-        ++rows_;
+    int64_t owed = owed_ + lines_, line = line_;  // members are memory, which would make a chain of every line
+    const void* const* rows = rows_;
+    for (; owed >= steps_; owed -= steps_) {
+      __builtin_prefetch(static_cast<const char*>(*rows) + line * kLine, 0, 2);
+      if (++line == per_row_) {
+        line = 0;
+        ++rows;
       }
     }
+    owed_ = owed;
+    line_ = line;
+    rows_ = rows;
   }
 
  private:

@@ -39,4 +39,19 @@ SOFTDIMO_ALWAYS_INLINE void transpose(Vec<T>* rows) {
   }
 }
 
+// kLanes vectors, the rows of a matrix, become one in rows[0]: lane i is row i's lanes, taken together by halves.
+template <class T, class Join>
+SOFTDIMO_ALWAYS_INLINE void fold_rows(Vec<T>* rows, Join join) {
+  constexpr int kLane = kLanes<T>;
+  using All = typename FirstIndices<kLane>::type;
+#pragma GCC unroll 4
+  for (int half = kLane / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      const Vec<T> other = rows[i + half];
+      rows[i] = join(zip<T, 0>(rows[i], other, All{}), zip<T, kLane / 2>(rows[i], other, All{}));
+    }
+  }
+}
+
 }  // namespace softdimo::cpu::SOFTDIMO_ISA

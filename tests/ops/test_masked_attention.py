@@ -352,22 +352,29 @@ def test_nothing_depends_on_the_number_of_threads(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sharpness", [1.0, 20.0])
-@pytest.mark.parametrize("lengths", [(1200, 1100), (130, 2600)])
-def test_long_sequences(lengths: tuple[int, int], sharpness: float, dtype: torch.dtype) -> None:
-    """More keys than one block of the forward, or of the backward, holds."""
+@pytest.mark.parametrize(
+    ("sharpness", "scale"), [(1.0, None), (20.0, None), (1.0, -0.7), (20.0, -0.3)]
+)
+@pytest.mark.parametrize("lengths", [(1200, 1100), (130, 2600), (70, 90)])
+def test_long_sequences(
+    lengths: tuple[int, int], sharpness: float, scale: float | None, dtype: torch.dtype
+) -> None:
+    """More keys than one block of the forward, or of the backward, holds; scores turned around."""
     tensors = inputs(1, 2, *lengths, 24, 20, dtype, sharpness)
     key_mask, query_mask = masks(1, *lengths)
     upstream = torch.randn(1, 2, lengths[0], 20).to(dtype)
-    value, grads = gradients(
-        lambda *x: masked_attention(*x, key_mask=key_mask, query_mask=query_mask, backend="cpp"),
-        tensors,
-        upstream,
-    )
-    yard, yard_grads = gradients(lambda *x: composed(*x, key_mask, query_mask), tensors, upstream)
-    truth, true_grads = gradients(
-        lambda *x: composed(*x, key_mask, query_mask), [t.double() for t in tensors], upstream
-    )
+
+    def ours(*x: Tensor) -> Tensor:
+        return masked_attention(
+            *x, key_mask=key_mask, query_mask=query_mask, scale=scale, backend="cpp"
+        )
+
+    def theirs(*x: Tensor) -> Tensor:
+        return composed(*x, key_mask, query_mask, scale)
+
+    value, grads = gradients(ours, tensors, upstream)
+    yard, yard_grads = gradients(theirs, tensors, upstream)
+    truth, true_grads = gradients(theirs, [t.double() for t in tensors], upstream)
     assert_contract(value, yard, truth)
     for name, *found in zip(("query", "key", "value"), grads, yard_grads, true_grads, strict=True):
         assert_contract(*found, what=name)

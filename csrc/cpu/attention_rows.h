@@ -122,7 +122,7 @@ inline int64_t row_bytes(const MaskedAttention& a) {
 inline void clear_others(const int64_t* numbers, int64_t count, int64_t begin, int64_t end, int64_t row_bytes,
                          char* out) {
   if (count == end - begin) return;
-  constexpr int64_t kStep = SOFTDIMO_SIMD_BYTES;
+  constexpr int64_t kStep = SOFTDIMO_SIMD_BYTES;  // a constant: no call
   for (int64_t i = begin, next = 0; i < end; ++i) {
     if (next < count && numbers[next] == i) {
       ++next;
@@ -130,7 +130,7 @@ inline void clear_others(const int64_t* numbers, int64_t count, int64_t begin, i
     }
     char* const row = out + i * row_bytes;
     int64_t done = 0;
-    for (; done + kStep <= row_bytes; done += kStep) store(reinterpret_cast<float*>(row + done), Vec<float>{});
+    for (; done + kStep <= row_bytes; done += kStep) std::memset(row + done, 0, kStep);
     if (done < row_bytes) std::memset(row + done, 0, static_cast<size_t>(row_bytes - done));
   }
 }

@@ -13,7 +13,7 @@ namespace softdimo::cpu::SOFTDIMO_ISA {
 template <class T>
 class ScaledExp;
 
-// Where 1 / t and its powers are normal: 14 operations a vector.
+// Where 1 / t and its powers are normal: 14 operations a vector, 12 with AVX-512.
 class ModerateExp {
  public:
   SOFTDIMO_ALWAYS_INLINE explicit ModerateExp(float t) {
@@ -42,8 +42,13 @@ class ModerateExp {
     poly = poly * r + second_;
     poly = poly * r + inverse_;
     poly = poly * r + 1.0f;
+#if SOFTDIMO_SIMD_BYTES == 64 && defined(__AVX512F__)
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)distance, _mm512_set1_ps(lowest_), _CMP_NLT_UQ);
+    return (Vec<float>)_mm512_maskz_scalef_ps(normal, (__m512)poly, (__m512)n);
+#else
     const Vec<float> scale = (Vec<float>)((UintVec)shifted << 23);  // 2^n: 127 is its bias; the magic bits shift out
     return distance < lowest_ ? Vec<float>{} : poly * scale;
+#endif
   }
 
   // x / t, within 1 ulp.

@@ -50,10 +50,16 @@ SOFTDIMO_ALWAYS_INLINE void configure_tiles(int64_t rows) {
 inline ProductScope::ProductScope() { configure_tiles(2 * 16); }
 inline ProductScope::~ProductScope() { _tile_release(); }
 
+// Memory that follows, fetched into the second-level cache: `lines` lines with each step.
+struct Following {
+  const char* at;
+  int64_t lines;
+};
+
 // A block of MT x NT tiles of C: sums over `steps` steps of K in the tile registers.
 template <int MT, int NT>
 __attribute__((noinline)) void tile_block(int64_t steps, const Bfloat16* a, int64_t a_row, const Bfloat16* b, float* c,
-                                          int64_t c_row, bool add, Prefetch* prefetch) {
+                                          int64_t c_row, bool add, Following following, Prefetch* prefetch) {
   asm volatile("" ::: "memory");  // the intrinsics do not say that they read memory
   const int64_t a_bytes = a_row * 2, b_bytes = kPanel * 4, c_bytes = c_row * 4;
   float* const c_low = c + 16 * c_row;
@@ -71,6 +77,7 @@ __attribute__((noinline)) void tile_block(int64_t steps, const Bfloat16* a, int6
   }
   for (int64_t k = 0; k < steps; ++k) {
     if (prefetch != nullptr) prefetch->step();
+    for (int64_t i = 0; i < following.lines; ++i, following.at += 64) __builtin_prefetch(following.at, 0, 2);
     const Bfloat16* right = b + k * kDepthStep * kPanel;
     _tile_loadd(4, a + k * kDepthStep, a_bytes);
     _tile_loadd(6, right, b_bytes);
@@ -88,14 +95,16 @@ __attribute__((noinline)) void tile_block(int64_t steps, const Bfloat16* a, int6
   asm volatile("" ::: "memory");
 }
 
-// All columns of blocks of `height` rows, at most 32, which the tiles are configured for. K is split evenly into chunks
-// of about kResidentSteps, so that a chunk of a panel of B stays in the first-level cache; C is exact in between.
+// All columns of blocks of `height` rows, at most 32, which the tiles are configured for; at least one row. K is split
+// evenly into chunks of about kResidentSteps, so that a chunk of a panel of B stays in the first-level cache; C is exact
+// in between. The next panel is fetched meanwhile: B as a whole may be larger than the second-level cache.
 constexpr int64_t kResidentSteps = 8;
 
 SOFTDIMO_ALWAYS_INLINE void row_blocks(int64_t rows, int64_t height, int64_t columns, int64_t steps, const Bfloat16* a,
                                        int64_t a_row, const Bfloat16* b, int64_t b_panel, float* c, int64_t c_row,
                                        bool add, Prefetch* prefetch) {
   const int64_t chunks = steps < kResidentSteps ? 1 : (steps + kResidentSteps / 2) / kResidentSteps;
+  const int64_t lines = (kPanel * height + rows - 1) / rows;
   for (int64_t chunk = 0, k = 0; chunk < chunks; ++chunk) {
     const int64_t count = (steps - k) / (chunks - chunk);
     for (int64_t n = 0; n < columns; n += kPanel) {
@@ -103,8 +112,10 @@ SOFTDIMO_ALWAYS_INLINE void row_blocks(int64_t rows, int64_t height, int64_t col
       const auto both = wide ? tile_block<2, 2> : tile_block<2, 1>, upper = wide ? tile_block<1, 2> : tile_block<1, 1>;
       const auto block = height > 16 ? both : upper;
       const Bfloat16* right = b + n / kPanel * b_panel + k * kDepthStep * kPanel;
-      for (int64_t m = 0; m < rows; m += height) {
-        block(count, a + m * a_row + k * kDepthStep, a_row, right, c + m * c_row + n, c_row, add || k > 0, prefetch);
+      Following following{reinterpret_cast<const char*>(right + b_panel), n + kPanel < columns ? lines : 0};
+      for (int64_t m = 0; m < rows; m += height, following.at += count * following.lines * 64) {
+        block(count, a + m * a_row + k * kDepthStep, a_row, right, c + m * c_row + n, c_row, add || k > 0, following,
+              prefetch);
       }
     }
     k += count;
@@ -115,7 +126,7 @@ inline void gemm_bf16(int64_t rows, int64_t columns, int64_t depth, const Bfloat
                       int64_t b_panel, float* c, int64_t c_row, bool add, Prefetch* prefetch) {
   const int64_t steps = padded_depth(depth) / kDepthStep, whole = rows / 32 * 32, rest = rows - whole;
   if (prefetch != nullptr) prefetch->start((rows + 31) / 32 * ((columns + kPanel - 1) / kPanel) * steps);
-  row_blocks(whole, 32, columns, steps, a, a_row, b, b_panel, c, c_row, add, prefetch);
+  if (whole > 0) row_blocks(whole, 32, columns, steps, a, a_row, b, b_panel, c, c_row, add, prefetch);
   if (rest == 0) return;
   configure_tiles(rest);  // tiles of the shape that is left
   row_blocks(rest, rest, columns, steps, a + whole * a_row, a_row, b, b_panel, c + whole * c_row, c_row, add, prefetch);

@@ -216,8 +216,16 @@ typedef uint16_t HalfVec __attribute__((vector_size(SOFTDIMO_SIMD_BYTES / 2)));
 typedef uint16_t UnalignedHalfVec __attribute__((vector_size(SOFTDIMO_SIMD_BYTES / 2), aligned(2), may_alias));
 
 SOFTDIMO_ALWAYS_INLINE Vec<float> load_bfloat16(const uint16_t* p) {
+#if SOFTDIMO_SIMD_BYTES == 64 && defined(__AVX512BW__)
+  // One permutation, of the 16-bit words into the upper halves of the lanes.
+  const __m512i order = _mm512_set_epi32(0xF0000, 0xE0000, 0xD0000, 0xC0000, 0xB0000, 0xA0000, 0x90000, 0x80000,
+                                         0x70000, 0x60000, 0x50000, 0x40000, 0x30000, 0x20000, 0x10000, 0);
+  const __m512i half = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (Vec<float>)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, order, half);
+#else
   const HalfVec half = *reinterpret_cast<const UnalignedHalfVec*>(p);
   return (Vec<float>)(__builtin_convertvector(half, UintVec) << 16);
+#endif
 }
 SOFTDIMO_ALWAYS_INLINE void store_bfloat16(uint16_t* p, Vec<float> v) {
   const UintVec u = (UintVec)v;

@@ -41,6 +41,8 @@ struct Gradients {
     if constexpr (sizeof(E) == sizeof(T)) {
       store(to, first);
       store(to + kLanes<T>, second);
+    } else if constexpr (kHasBfloat16Product) {
+      store_left(first, second, to);
     } else {
       store_bfloat16(to, first);
       store_bfloat16(to + kLanes<T>, second);
@@ -223,7 +225,7 @@ class BackwardRange {
   // By way of copies in the compute type: noise, other types, the temperature's gradient, no gradient of the logits.
   void staged(const Slice& slice, int64_t row, int64_t m, const SavedRow<T>& saved) {
     const SoftEmbedding& s = b_.call;
-    Staged<T> chunk;
+    Staged<T, kVocabularyChunk> chunk;
     chunk.read(s, row, slice.first, slice.count);
     const int64_t end = whole_panels(slice.count, kPair<T>);
     chunk.subtract(s.noise, saved.top, end);

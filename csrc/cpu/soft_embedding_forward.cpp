@@ -6,12 +6,12 @@
 //   s R V bytes read, 2 R V D FLOP, R V exponentials
 //   floor  max(bytes / read rate, FLOP / multiply-add rate + exponentials / exp rate)
 //
-// One task is a block of rows; the vocabulary passes in chunks of kVocabularyChunk,
+// One task is a block of rows; the vocabulary passes in chunks of kVocabularyChunk or kLongChunk,
 //
 //     logits [rows, chunk] -> y -> p~ = exp((y - running max) / T) -> C [rows, D] += p~ E[chunk]
 //
-// and C is rescaled when a chunk raises a row's maximum. No probability leaves the cache, and while one chunk is
-// multiplied the logits of the next are fetched.
+// and C is rescaled when a chunk raises a row's maximum. No probability leaves the cache, and with the exponentials of
+// one chunk the logits of the next are fetched: products take too little of the time where they are in bfloat16.
 //
 // A bfloat16 codebook is multiplied in bfloat16 where the instruction set can: p~ enters the product rounded, in one
 // term or (precision "high") two, and the sum it is divided by is that of the rounded p~.
@@ -40,6 +40,7 @@ class WideProduct {
  public:
   using T = Compute;
   using S = Sums;
+  static constexpr int64_t kChunk = kVocabularyChunk;
 
   explicit WideProduct(const Forward& f)
       : s_(f.call), p_(f.block_rows * kRow) {}
@@ -63,22 +64,21 @@ class WideProduct {
   }
   static int64_t padded_width(int64_t width) { return padded<S>(width); }
 
-  // Two vectors of row m of p~; returns their sum, as the product takes them.
-  SOFTDIMO_ALWAYS_INLINE Vec<T> put(int64_t m, int64_t v, Vec<T> first, Vec<T> second) {
+  // Two vectors of row m of p~; returns `sum` with them added, as the product takes them.
+  SOFTDIMO_ALWAYS_INLINE Vec<T> put(int64_t m, int64_t v, Vec<T> first, Vec<T> second, Vec<T> sum) {
     store_as<S, T>(p_.get() + m * kRow + v, first);
     store_as<S, T>(p_.get() + m * kRow + v + kLanes<T>, second);
-    return first + second;
+    return sum + (first + second);
   }
 
-  void multiply(int64_t rows, int64_t group, int64_t first, int64_t entries, S* c, int64_t c_row, Prefetch* ahead) {
+  void multiply(int64_t rows, int64_t group, int64_t first, int64_t entries, S* c, int64_t c_row) {
     const int64_t wide = padded<S>(s_.width), columns = panel_width<S>(s_.width);
     const S* codebook = static_cast<const S*>(s_.packed_codebook) + group * wide * s_.vocabulary + first * columns;
-    gemm<S>(rows, wide, entries, {p_.get(), kRow, 1}, codebook, s_.vocabulary * columns, columns, c, c_row, first > 0,
-            ahead);
+    gemm<S>(rows, wide, entries, {p_.get(), kRow, 1}, codebook, s_.vocabulary * columns, columns, c, c_row, first > 0);
   }
 
  private:
-  static constexpr int64_t kRow = kVocabularyChunk + kPad;
+  static constexpr int64_t kRow = kChunk + kPad;
   const SoftEmbedding& s_;
   const Scratch<S> p_;
 };
@@ -91,6 +91,7 @@ class Bfloat16Product {
  public:
   using T = float;
   using S = float;
+  static constexpr int64_t kChunk = kLongChunk;  // entries take half the memory: fewer maxima, longer reads
 
   explicit Bfloat16Product(const Forward& f) : s_(f.call), size_(f.block_rows * kRow), p_(Terms * size_) {}
 
@@ -108,27 +109,34 @@ class Bfloat16Product {
   }
   static int64_t padded_width(int64_t width) { return padded_columns(width); }
 
-  SOFTDIMO_ALWAYS_INLINE Vec<float> put(int64_t m, int64_t v, Vec<float> first, Vec<float> second) {
+  SOFTDIMO_ALWAYS_INLINE Vec<float> put(int64_t m, int64_t v, Vec<float> first, Vec<float> second, Vec<float> sum) {
     Bfloat16* out = p_.get() + m * kRow + v;
-    store_left(first, second, out);
-    const Vec<float> a = rounded(first), b = rounded(second);
-    if constexpr (Terms == 1) return a + b;
-    store_left(first - a, second - b, out + size_);
-    return (a + rounded(first - a)) + (b + rounded(second - b));
+    sum = put_term(first, second, out, sum);
+    if constexpr (Terms == 1) return sum;
+    return put_term(first - rounded(first), second - rounded(second), out + size_, sum);
   }
 
-  void multiply(int64_t rows, int64_t group, int64_t first, int64_t entries, float* c, int64_t c_row, Prefetch* ahead) {
+  void multiply(int64_t rows, int64_t group, int64_t first, int64_t entries, float* c, int64_t c_row) {
     const Bfloat16* table = static_cast<const Bfloat16*>(s_.packed_codebook) +
                             group * right_size(s_.vocabulary, s_.width) + first * kPanel;
     const int64_t panel = right_panel(s_.vocabulary);
-    gemm_bf16(rows, s_.width, entries, p_.get(), kRow, table, panel, c, c_row, first > 0, ahead);
+    gemm_bf16(rows, s_.width, entries, p_.get(), kRow, table, panel, c, c_row, first > 0);
     if constexpr (Terms == 2) {
       gemm_bf16(rows, s_.width, entries, p_.get() + size_, kRow, table, panel, c, c_row, true);
     }
   }
 
  private:
-  static constexpr int64_t kRow = kVocabularyChunk + kLeftPad;
+  static constexpr int64_t kRow = kChunk + kLeftPad;
+
+  static SOFTDIMO_ALWAYS_INLINE Vec<float> put_term(Vec<float> first, Vec<float> second, Bfloat16* out,
+                                                    Vec<float> sum) {
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3F80);
+    _mm512_storeu_si512(out, (__m512i)both);
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, both, ones);
+  }
+
   const SoftEmbedding& s_;
   const int64_t size_;
   const Scratch<Bfloat16> p_;
@@ -151,8 +159,8 @@ SOFTDIMO_ALWAYS_INLINE T chunk_max(const Source& y, int64_t count) {
   return highest<T>(second > first ? second : first);
 }
 
-template <class T, class Source>
-int64_t first_equal(const Source& y, const Staged<T>* noisy, int64_t count, Top<T> top) {
+template <class T, class Source, class Copy>
+int64_t first_equal(const Source& y, const Copy* noisy, int64_t count, Top<T> top) {
   for (int64_t v = 0; v < count; ++v) {
     if (y.one(v) == top.high && (noisy == nullptr || noisy->low[v] == top.low)) return v;
   }
@@ -177,13 +185,14 @@ struct Place {
   int64_t m, first, count;
   S* c;
   int64_t width;
+  const char* ahead;  // the logits that are wanted next, to be fetched meanwhile
 };
 
 // Turns the chunk y into exp((y - top) / t), hands it to the product and adds it to the sum. `noisy` holds y where it
 // has noise.
 template <class Product, class T, class S, class Source>
-SOFTDIMO_ALWAYS_INLINE void merge_chunk(const Source& y, Staged<T>* noisy, const Place<S>& at, bool hard,
-                                        const ScaledExp<T>& exp, Running<T>& run, Product& product) {
+SOFTDIMO_ALWAYS_INLINE void merge_chunk(const Source& y, Staged<T, Product::kChunk>* noisy, const Place<S>& at,
+                                        bool hard, const ScaledExp<T>& exp, Running<T>& run, Product& product) {
   const T high = chunk_max<T>(y, at.count);
   const bool level = noisy != nullptr && high == run.top.high && high > -HUGE_VAL;  // then the low parts decide
   if (high > run.top.high || level) {
@@ -197,7 +206,7 @@ SOFTDIMO_ALWAYS_INLINE void merge_chunk(const Source& y, Staged<T>* noisy, const
     each_pair<T>(y, at.count, [&](int64_t v, Vec<T> a, Vec<T> b) {
       a = a == run.top.high ? Vec<T>{} : a;
       b = b == run.top.high ? Vec<T>{} : b;
-      run.sum += product.put(at.m, v, a, b);
+      run.sum = product.put(at.m, v, a, b, run.sum);
     });
     return;
   }
@@ -205,7 +214,8 @@ SOFTDIMO_ALWAYS_INLINE void merge_chunk(const Source& y, Staged<T>* noisy, const
   const T top = noisy != nullptr ? T(0) : run.top.high;
   Vec<T> sum{};  // of this chunk alone: small entries of a long row are not lost one by one beside a large one
   each_pair<T>(y, at.count, [&](int64_t v, Vec<T> a, Vec<T> b) __attribute__((always_inline)) {
-    sum += product.put(at.m, v, exp(a - top), exp(b - top));
+    y.fetch(at.ahead, v);
+    sum = product.put(at.m, v, exp(a - top), exp(b - top), sum);
   });
   run.sum += sum;
 }
@@ -216,17 +226,18 @@ void read_chunk(const Forward& f, int64_t row, const Place<S>& at, const ScaledE
   const SoftEmbedding& s = f.call;
   const ScaledExp<T> exp = row_exp(s, row, shared);
   const char* logits = logits_at(s, row, at.first);
+  using Copy = Staged<T, Product::kChunk>;
+  Copy* const none = nullptr;
   if (reads_in_place<T>(s)) {
-    return merge_chunk(Entries<T>{reinterpret_cast<const T*>(logits)}, static_cast<Staged<T>*>(nullptr), at, f.hard,
-                       exp, run, product);
+    return merge_chunk(Entries<T>{reinterpret_cast<const T*>(logits)}, none, at, f.hard, exp, run, product);
   }
   if constexpr (sizeof(T) == sizeof(float)) {
     if (reads_bfloat16<T>(s)) {
-      return merge_chunk(Bfloat16Entries{reinterpret_cast<const uint16_t*>(logits)},
-                         static_cast<Staged<T>*>(nullptr), at, f.hard, exp, run, product);
+      return merge_chunk(Bfloat16Entries{reinterpret_cast<const uint16_t*>(logits)}, none, at, f.hard, exp, run,
+                         product);
     }
   }
-  Staged<T> staged;
+  Copy staged;
   staged.read(s, row, at.first, at.count);
   merge_chunk(Entries<T>{staged.y}, s.noise ? &staged : nullptr, at, f.hard, exp, run, product);
 }
@@ -280,13 +291,6 @@ struct Block {
   }
 };
 
-// Where the chunks at entry `first` of a block's rows are in memory.
-SOFTDIMO_ALWAYS_INLINE int64_t chunk_addresses(const SoftEmbedding& s, const Block& block, int64_t first,
-                                               const void** addresses) {
-  for (int64_t m = 0; m < block.count; ++m) addresses[m] = logits_at(s, block.rows[m], first);
-  return block.count;
-}
-
 template <class Product>
 class ForwardRange {
  public:
@@ -299,21 +303,20 @@ class ForwardRange {
 
   // `next` is the block that follows, or the last one again.
   void run(const Block& block, const Block& next) {
+    constexpr int64_t kChunk = Product::kChunk;
     const SoftEmbedding& s = f_.call;
     const int64_t c_row = wide_ + kPad;
     for (int64_t m = 0; m < block.count; ++m) run_[m] = {{static_cast<T>(-HUGE_VAL), T(0)}, 0, Vec<T>{}};
-    for (int64_t v = 0; v < s.vocabulary; v += kVocabularyChunk) {
-      const int64_t entries = smaller(kVocabularyChunk, s.vocabulary - v);
+    for (int64_t v = 0; v < s.vocabulary; v += kChunk) {
+      const int64_t entries = smaller(kChunk, s.vocabulary - v), scaled = v > 0 ? wide_ : 0;  // c: nothing before
+      const bool last = v + kChunk >= s.vocabulary;
+      const Block& then = last ? next : block;
       for (int64_t m = 0; m < block.count; ++m) {
-        const int64_t scaled = v > 0 ? wide_ : 0;  // c holds nothing before the first product
-        read_chunk(f_, block.rows[m], Place<S>{m, v, entries, c_.get() + m * c_row, scaled}, shared_, run_[m],
+        const char* ahead = m < then.count ? logits_at(s, then.rows[m], last ? 0 : v + kChunk) : nullptr;
+        read_chunk(f_, block.rows[m], Place<S>{m, v, entries, c_.get() + m * c_row, scaled, ahead}, shared_, run_[m],
                    product_);
       }
-      const bool last = v + kVocabularyChunk >= s.vocabulary;
-      const int64_t then = last ? 0 : v + kVocabularyChunk, bytes = smaller(kVocabularyChunk, s.vocabulary - then);
-      const void* addresses[kBlockRows];
-      Prefetch ahead(addresses, chunk_addresses(s, last ? next : block, then, addresses), bytes * size_of(s.logits_type));
-      product_.multiply(block.count, block.group, v, entries, c_.get(), c_row, &ahead);
+      product_.multiply(block.count, block.group, v, entries, c_.get(), c_row);
     }
     for (int64_t m = 0; m < block.count; ++m) write_soft_row(f_, block.rows[m], run_[m], c_.get() + m * c_row, e_.get());
     for (int64_t n = block.begin; n < block.end && block.count < block.end - block.begin; ++n) {

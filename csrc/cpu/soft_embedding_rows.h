@@ -16,15 +16,25 @@ namespace softdimo::cpu::SOFTDIMO_ISA {
 template <class T>
 constexpr int64_t kPair = 2 * kLanes<T>;
 
-// Entries in memory, as vectors of the compute type.
+template <class T, class E>
+SOFTDIMO_ALWAYS_INLINE void fetch_lines(const char* from, int64_t v) {
+  if (from == nullptr) return;
+  constexpr int64_t kLine = 64, kBytes = kPair<T> * static_cast<int64_t>(sizeof(E));
+  for (int64_t i = 0; i < kBytes; i += kLine) __builtin_prefetch(from + v * static_cast<int64_t>(sizeof(E)) + i, 0, 2);
+}
+
+// Entries in memory, as vectors of the compute type. fetch() brings a pair of vectors elsewhere into the second-level
+// cache: a hint, `from` may be null.
 template <class T>
 struct Entries {
   const T* data;
+  SOFTDIMO_ALWAYS_INLINE void fetch(const char* from, int64_t v) const { fetch_lines<T, T>(from, v); }
   SOFTDIMO_ALWAYS_INLINE Vec<T> at(int64_t v) const { return load(data + v); }
   SOFTDIMO_ALWAYS_INLINE T one(int64_t v) const { return data[v]; }
 };
 struct Bfloat16Entries {
   const uint16_t* data;
+  SOFTDIMO_ALWAYS_INLINE void fetch(const char* from, int64_t v) const { fetch_lines<float, uint16_t>(from, v); }
   SOFTDIMO_ALWAYS_INLINE Vec<float> at(int64_t v) const { return load_bfloat16(data + v); }
   SOFTDIMO_ALWAYS_INLINE float one(int64_t v) const { return from_bfloat16(data[v]); }
 };
@@ -76,12 +86,12 @@ SOFTDIMO_ALWAYS_INLINE T row_temperature(const SoftEmbedding& s, int64_t row) {
 }
 
 // A chunk of a row of logits whose entries need more than that: a copy in the compute type, truncated, noise added.
-template <class T>
+template <class T, int64_t kMost>
 struct Staged {
-  alignas(64) T y[kVocabularyChunk];
-  alignas(64) T low[kVocabularyChunk];  // y + low is the value; written only with noise
+  alignas(64) T y[kMost];
+  alignas(64) T low[kMost];  // y + low is the value; written only with noise
 
-  // Entries [first, first + count) of a row, then -inf. count <= kVocabularyChunk, first a multiple of it or of 4.
+  // Entries [first, first + count) of a row, then -inf. count <= kMost, first a multiple of 4.
   void read(const SoftEmbedding& s, int64_t row, int64_t first, int64_t count) {
     widen(s.logits, s.logits_type, s.logits_rows.offset(row) + first, count, y);
     const int64_t end = (count + kPair<T> - 1) / kPair<T> * kPair<T>;
@@ -90,7 +100,7 @@ struct Staged {
     if (!s.noise) return;
     // y + g as a sum of two: one float32 cannot hold the noise beside large logits, and near ties decide the gradients
     // of nearly one-hot rows. float64 needs no low part: it is zero.
-    alignas(64) T uniform[kVocabularyChunk];
+    alignas(64) T uniform[kMost];
     const uint64_t id = static_cast<uint64_t>(s.row_ids != nullptr ? s.row_ids[row] : row);
     fill_uniform(s.seed, id, s.offset, first, end, uniform);
     for (int64_t v = 0; v < end; v += kLanes<T>) add_noise(load(uniform + v), y + v, low + v);

@@ -94,6 +94,7 @@ struct Backward {
 
 // Fixed sizes: results depend on them and on shapes, never on the number of threads.
 constexpr int64_t kVocabularyChunk = 256;  // entries of a row that are merged at a time
+constexpr int64_t kLongChunk = 512;        // the same in the forward of bfloat16 products
 constexpr int64_t kBlockRows = 128;        // most rows of one block
 constexpr int64_t kWideRows = 112;         // the same, where products are not in bfloat16
 constexpr int64_t kMaskChunk = 256;        // positions of one partial mask-embedding gradient

@@ -20,10 +20,12 @@ int64_t thread_count() { return std::max<int64_t>(torch::stable::get_num_threads
 // depend on its block.
 int64_t forward_block_rows(const Prepared& prepared) {
   const LinearSoftEmbedding& s = prepared.call;
-  const int64_t size = prepared.size(), sum = prepared.sum_size(), hidden = s.weight.columns;
-  const int64_t width = round_up(s.codebook.columns, kRowUnit);
-  const int64_t row = size * (hidden + kSlice + 8) + sum * (width + 16) + (sum > size ? sum * kSlice : 0);
-  const int64_t tables = size * (kSlice * (hidden + 32) + std::max(hidden, width)) + sum * kSlice * (width + 16);
+  const int64_t size = prepared.size(), sum = prepared.sum_size(), factor = s.half ? 2 : size;
+  const int64_t hidden = round_up(s.weight.columns, kRowUnit), width = round_up(s.codebook.columns, kRowUnit);
+  const int64_t copy = s.half ? 2 * (s.slice + kRowUnit) : sum > size ? sum * s.slice : 0;
+  const int64_t row = factor * hidden + size * (s.slice + 8) + sum * (width + 16) + copy;
+  const int64_t tables = s.slice * (factor * (hidden + kRowUnit) + (s.half ? 2 : sum) * width + size * 32) +
+                         size * kRowUnit * hidden;
   const int64_t most = std::clamp<int64_t>((kThreadBytes - tables) / row / kRowUnit * kRowUnit, kRowUnit, 448);
   const int64_t blocks = s.groups * ((s.positions + most - 1) / most), threads = thread_count();
   const int64_t rounds = std::max<int64_t>(round_up(blocks, threads) / s.groups, 1);
@@ -44,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_soft_embedding(
   const auto pointer = [](Tensor& tensor, bool wanted) { return wanted ? tensor.mutable_data_ptr() : nullptr; };
   const bool keeps_soft = keep > 0 && codebook.scalar_type() != prepared.compute;
   Tensor value = output(codebook, with(prepared.rows, s.codebook.columns), codebook.scalar_type());
-  Tensor logits = kept(keep > 1, with(prepared.rows, s.vocabulary));
+  Tensor logits = kept(keep > 1, {s.groups, s.vocabulary, s.positions});
   Tensor row_max = kept(keep > 0, prepared.rows), row_sum = kept(keep > 0, prepared.rows);
   Tensor soft = kept(keeps_soft, with(prepared.rows, s.codebook.columns));
   const int64_t block = forward_block_rows(prepared);
@@ -67,16 +69,17 @@ int64_t block_bytes(const Prepared& prepared, int64_t block, int64_t threads) {
   const int64_t slices = s.slices();
   const int64_t shared = factor * block * (2 * hidden + groups * width) + sum_factor * block * groups * width +
                          size * stride * groups * (s.vocabulary + 4 + 5 * slices) + 8 * stride * groups * slices;
-  const int64_t slice = size * kSlice * (std::max(hidden, width) + 16 + 2 * stride) +
-                        (sum > size ? sum * kSlice * stride : 0);
-  const int64_t columns = size * (kSlice * kColumnBlock + block * (kColumnBlock + 16));
+  const int64_t copy_of_p = s.half ? 2 : sum > size ? sum : 0;
+  const int64_t slice = s.slice * (factor * (std::max(hidden, width) + 32) + (2 * size + copy_of_p) * (stride + 32));
+  const int64_t columns = factor * s.slice * kColumnBlock + size * block * (kColumnBlock + 16);
   const int64_t copy = s.mask != nullptr && groups > 1 ? size * block * hidden : 0;
   return shared + threads * std::max({slice, columns, copy});
 }
 
 struct Blocks {
-  int64_t rows;   // most rows of a block
-  int64_t chain;  // by shapes alone, so that sums over rows form the same tree on any machine
+  int64_t rows;     // most rows of a block
+  int64_t chain;    // by shapes alone, so that sums over rows form the same tree on any machine
+  int64_t product;  // rows of a product of bfloat16: a chain, or the block where every cut gives the same sums
 };
 
 // Larger blocks read and write the tables less often. Where the logits were kept memory is no concern: scratch of
@@ -86,8 +89,9 @@ Blocks backward_blocks(const Prepared& prepared, bool kept) {
   constexpr int64_t kMostRows = 1024, kKeptBytes = int64_t{32} << 20;
   const int64_t logits = prepared.row_count() * prepared.call.vocabulary * prepared.size();
   const int64_t budget = std::max(threads * kThreadBytes, kept ? std::min(logits, kKeptBytes) : 0);
-  const int64_t least = prepared.call.half ? kRowUnit : kRowUnit / 2;
-  int64_t chain = 3 * kRowUnit;
+  const bool half = prepared.call.half, free_cuts = half && linear_soft_embedding_table().free_cuts;
+  const int64_t least = half ? kRowUnit : kRowUnit / 2;
+  int64_t chain = free_cuts ? kRowUnit : 3 * kRowUnit;
   while (chain > least && block_bytes(prepared, chain, 1) > kThreadBytes) {
     chain -= chain > kRowUnit ? kRowUnit : kRowUnit / 2;
   }
@@ -96,15 +100,15 @@ Blocks backward_blocks(const Prepared& prepared, bool kept) {
          block_bytes(prepared, rows + chain, threads) <= budget) {
     rows += chain;
   }
-  return {rows, chain};
+  return {rows, chain, free_cuts ? rows : chain};
 }
 
 // Sums of a table's gradient: [G, V, columns rounded up], in the result itself where that is the same.
-struct TableSums {
+struct TableGradient {
   Tensor result, sums;
   int64_t row = 0;
 
-  TableSums(bool wanted, const Tensor& table, ScalarType type, const Tensor& like)
+  TableGradient(bool wanted, const Tensor& table, ScalarType type, const Tensor& like)
       : result(nothing(like)), sums(nothing(like)) {
     if (!wanted) return;
     row = round_up(table.size(-1), kRowUnit);
@@ -116,15 +120,16 @@ struct TableSums {
   void* pointer(bool wanted) { return wanted ? sums.mutable_data_ptr() : nullptr; }
 
   // After the last block, or without one.
-  void finish(bool empty, const LinearSoftEmbeddingKernels& kernels) {
+  void finish(bool empty, bool half, const LinearSoftEmbeddingKernels& kernels) {
     if (row == 0) return;
     const int64_t bytes = sums.numel() * static_cast<int64_t>(sums.element_size());
     if (empty) std::memset(sums.mutable_data_ptr(), 0, static_cast<size_t>(bytes));
     if (sums.mutable_data_ptr() == result.mutable_data_ptr()) return;
     const bool wide = sums.scalar_type() == ScalarType::Double;
+    const int64_t width = half ? kRowUnit : row;
+    const TableSums layout{sums.const_data_ptr(), wide, row / width, result.size(-2), width};
     parallel_rows(result.numel() / result.size(-1), [&](int64_t begin, int64_t end) {
-      kernels.narrow_sums(sums.const_data_ptr(), wide, row, result.size(-1), result.mutable_data_ptr(),
-                          dtype_of(result), begin, end);
+      kernels.narrow_sums(layout, result.size(-1), result.mutable_data_ptr(), dtype_of(result), begin, end);
     });
   }
 };
@@ -208,6 +213,7 @@ bool run_blocks(const Prepared& prepared, LinearBackward& job, bool bias_apart) 
   const Blocks blocks = backward_blocks(prepared, job.logits != nullptr);
   const int64_t most = std::min(blocks.rows, std::max<int64_t>(s.positions, 1));
   job.chain = blocks.chain;
+  job.product_rows = blocks.product;
   const std::vector<Tensor> held = share_scratch(prepared, most, job.wants_dlogits(), job);
   std::vector<int64_t> position(static_cast<size_t>(blocks.rows));
   job.position = position.data();
@@ -276,8 +282,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_soft_embedding
   job.call = s;
 
   Tensor dhidden = wanted[0] ? output(hidden, leading_shape(hidden, 0), hidden.scalar_type()) : nothing(hidden);
-  TableSums dweight(wanted[1], weight, prepared.compute, hidden);
-  TableSums dcodebook(wanted[2], codebook, sums_in_double(s) ? ScalarType::Double : prepared.compute, hidden);
+  TableGradient dweight(wanted[1], weight, prepared.compute, hidden);
+  TableGradient dcodebook(wanted[2], codebook, sums_in_double(s) ? ScalarType::Double : prepared.compute, hidden);
   const BiasSums dbias(wanted[3] && bias.has_value(), prepared, bias, job);
   const bool wants_temperature = wanted[4] && row_temperature.has_value();
   Tensor slopes = torch::stable::new_zeros(hidden, {wants_temperature ? rows : 0}, prepared.compute);
@@ -289,8 +295,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_soft_embedding
   job.dtemperature = wants_temperature ? slopes.mutable_data_ptr() : nullptr;
   if (job.wants_dlogits() || wanted[2]) {
     const bool empty = run_blocks(prepared, job, dbias.apart);
-    dweight.finish(empty, prepared.kernels);
-    dcodebook.finish(empty, prepared.kernels);
+    dweight.finish(empty, s.half, prepared.kernels);
+    dcodebook.finish(empty, s.half, prepared.kernels);
   }
   Tensor dtemperature = nothing(hidden), dmask = nothing(hidden), bias_result = nothing(hidden);
   if (wanted[3] && bias.has_value()) bias_result = torch::stable::to(dbias.sums, bias->scalar_type());

@@ -91,7 +91,8 @@ inline Prepared prepare(const Tensor& hidden, const Tensor& weight, const Tensor
   s.half = linear_soft_embedding_table().bfloat16_products && !wide && !high_precision && is_half(hidden) &&
            is_half(weight) && is_half(codebook) && !sums_in_double(s) && !(mask.has_value() && s.groups > 1);
   const int64_t slices = (s.vocabulary + kChainSlice - 1) / kChainSlice;
-  s.slice = s.half ? kSlice : (s.vocabulary + slices - 1) / slices;
+  const int64_t half_slice = s.vocabulary < kManyEntries ? kSmallSlice : kSlice;
+  s.slice = s.half ? half_slice : (s.vocabulary + slices - 1) / slices;
   if (row_temperature.has_value()) {
     const Tensor like = torch::stable::new_empty(hidden, with(prepared.rows, 0), prepared.compute);
     s.row_temperature =

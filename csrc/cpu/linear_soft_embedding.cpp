@@ -23,7 +23,8 @@
 // all sums stay float32, and p and dz are rounded as they enter a product.
 //
 // Only a block's dz exists at any time. Rows are summed in chains of fixed length, so the size of a block, which
-// follows from the memory that the threads may use, does not change a bit.
+// follows from the memory that the threads may use, does not change a bit. Tile registers take up a sum exactly where
+// they left it: there one product takes all rows of a block.
 //
 // As in soft_embedding: max and sum are saved apart, g . e uses the wide e, products with a narrow codebook are summed
 // in double, the slope along the temperature is taken about the mean of z.
@@ -49,7 +50,8 @@ constexpr LinearSoftEmbeddingKernels kLinearKernels = {
 }  // namespace
 
 const LinearSoftEmbeddingTable& linear_soft_embedding_table() {
-  static constexpr LinearSoftEmbeddingTable table = {kHasHalf<float>, kLinearKernels<float>, kLinearKernels<double>};
+  static constexpr LinearSoftEmbeddingTable table = {kHasHalf<float>, kFreeCuts, kLinearKernels<float>,
+                                                     kLinearKernels<double>};
   return table;
 }
 

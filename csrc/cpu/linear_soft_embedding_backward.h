@@ -97,21 +97,23 @@ void load_rows_in(const LinearBackward& b, int64_t begin, int64_t end) {
 }
 
 // 32 rows [rows, depth] of bfloat16 from row m of the block into both right factors: a panel of `columns`, and one step
-// of their chain of `rows`.
+// of their product's `rows`.
 inline void pack_half(const LinearBackward& b, const Bfloat16* gathered, int64_t depth, int64_t m, Bfloat16* columns,
                       Bfloat16* rows) {
   const int64_t some = smaller(kPanel, b.count - m), steps = padded_depth(depth) / kDepthStep;
   columns += m / kPanel * right_panel(depth);
   pack_right({gathered, DType::bfloat16, 0, 1, depth}, depth, some, 0, steps, columns);
-  const int64_t within = m % b.chain, length = smaller(b.chain, b.count - (m - within)), step = within / kDepthStep;
+  const int64_t most = b.product_rows, within = m % most, length = smaller(most, b.count - (m - within));
+  const int64_t step = within / kDepthStep;
   pack_right({gathered, DType::bfloat16, -within * depth, depth, 1}, length, depth, step, step + 1,
-             rows + m / b.chain * right_size(b.chain, depth));
+             rows + m / most * right_size(most, depth));
 }
 
 template <class T>
 void load_rows_half(const LinearBackward& b, int64_t begin, int64_t end) {
   const LinearSoftEmbedding& s = b.call;
-  const int64_t depth = s.weight.columns, width = s.codebook.columns, chains = (b.count + b.chain - 1) / b.chain;
+  const int64_t depth = s.weight.columns, width = s.codebook.columns;
+  const int64_t products = (b.count + b.product_rows - 1) / b.product_rows;
   const Scratch<Bfloat16> gathered(kPanel * (depth > width ? depth : width));
   const Scratch<T> entries(width);
   Bfloat16 *columns = static_cast<Bfloat16*>(b.grad_columns), *rows = static_cast<Bfloat16*>(b.grad_rows);
@@ -126,7 +128,7 @@ void load_rows_half(const LinearBackward& b, int64_t begin, int64_t end) {
         copy_row(b.grad, b.position[first + i] * s.groups + group, width, gathered.get() + i * width);
       }
       pack_half(b, gathered.get(), width, first, columns + group * right_size(width, b.count),
-                rows + group * chains * right_size(b.chain, width));
+                rows + group * products * right_size(b.product_rows, width));
     }
   }
   if (end * kPanel >= b.count) pad_state<T>(b);
@@ -147,29 +149,23 @@ void load_rows(const LinearBackward& b, int64_t begin, int64_t end) {
 template <class T, class S, bool Half>
 struct Slice {
   int64_t group, index, first, count;  // entries [first, first + count)
-  Element<T, Half>* table;             // [kSlice, max(H, D)]: a left factor
-  T* p;                                // [kSlice, stride]: logits, then p
-  T* distance;                         // [kSlice, stride]: z - max, for the temperature's gradient
+  Element<T, Half>* table;             // [slice, max(H, D)]: a left factor
+  T* p;                                // [slice, stride]: logits, then p
+  T* distance;                         // [slice, stride]: z - max, for the temperature's gradient
   Element<S, Half>* p_copy;            // p as a left factor, where that is another type
 };
 
 template <class T, class S, bool Half>
 void read_logits(const LinearBackward& b, const Slice<T, S, Half>& slice) {
   const LinearSoftEmbedding& s = b.call;
-  constexpr int kLane = kLanes<T>;
-  Vec<T> block[kLane];
-  for (int64_t m = 0; m < b.count; m += kLane) {
-    for (int64_t v = 0; v < slice.count; v += kLane) {
-      const int64_t n = smaller(kLane, slice.count - v);
-      std::memset(block, 0, sizeof block);
-      for (int64_t i = 0; i < smaller(kLane, b.count - m); ++i) {
-        const int64_t row = b.position[m + i] * s.groups + slice.group;
-        const T* in = static_cast<const T*>(b.logits) + row * s.vocabulary + slice.first + v;
-        std::memcpy(block + i, in, static_cast<size_t>(n) * sizeof(T));
-      }
-      transpose<T>(block);
-      for (int64_t i = 0; i < n; ++i) store(slice.p + (v + i) * b.stride + m, block[i]);
-    }
+  const size_t rest = static_cast<size_t>(padded<T>(b.count) - b.count) * sizeof(T);
+  for (int64_t v = 0; v < slice.count; ++v) {
+    const T* kept = static_cast<const T*>(b.logits) + (slice.group * s.vocabulary + slice.first + v) * s.positions;
+    T* z = slice.p + v * b.stride;
+    for_runs(b.position, b.count, [&](int64_t m, int64_t run) {
+      std::memcpy(z + m, kept + b.position[m], static_cast<size_t>(run) * sizeof(T));
+    });
+    std::memset(z + b.count, 0, rest);
   }
 }
 
@@ -232,22 +228,26 @@ SOFTDIMO_ALWAYS_INLINE void rows_slope(const LinearBackward& b, const Slice<T, S
   store(field(SliceField::residual), residual);
 }
 
-// Calls body(first, count, add) for the chains of the block's rows; `add` says whether the sum holds something yet.
+// Calls body(first, count, add) for the block's rows, `most` at a time; `add` says whether the sum holds something yet.
 template <class Body>
-void for_chains(const LinearBackward& b, Body body) {
-  for (int64_t m = 0; m < b.count; m += b.chain) body(m, smaller(b.chain, b.count - m), m > 0 || !b.first);
+void for_chains(const LinearBackward& b, int64_t most, Body body) {
+  for (int64_t m = 0; m < b.count; m += most) body(m, smaller(most, b.count - m), m > 0 || !b.first);
 }
 
-// sum[n, columns] += left[n, rows] right, in bfloat16; `rows` holds the right factors of the block's chains.
+// sum[entries first .., columns] += left[n, rows] right, in bfloat16, a panel of columns after the other, each of which
+// streams through memory. `rows` holds the right factors of the block's products.
 template <class T>
-void half_chains(const LinearBackward& b, const Bfloat16* rows, int64_t group, int64_t columns, const T* left,
-                 int64_t n, Bfloat16* packed, T* sum, int64_t sum_row) {
-  const int64_t chain_size = right_size(b.chain, columns), chains = (b.count + b.chain - 1) / b.chain;
-  rows += group * chains * chain_size;
-  for_chains(b, [&](int64_t m, int64_t count, bool add) {
-    pack_left({left, DType::float32, m, b.stride, 1}, n, count, packed, left_row(b.chain));
-    gemm_bf16(n, padded_columns(columns), count, packed, left_row(b.chain), rows + m / b.chain * chain_size,
-              right_panel(count), sum, sum_row, add);
+void half_products(const LinearBackward& b, const Bfloat16* rows, int64_t columns, const T* left, int64_t first,
+                   int64_t n, Bfloat16* packed, T* sum) {
+  const int64_t most = b.product_rows, vocabulary = b.call.vocabulary, panels = (columns + kPanel - 1) / kPanel;
+  for_chains(b, most, [&](int64_t m, int64_t count, bool add) {
+    const Bfloat16* right = rows + m / most * right_size(most, columns);
+    pack_left({left, DType::float32, m, b.stride, 1}, n, count, packed, left_row(most));
+    for (int64_t i = 0; i < panels; ++i) {
+      gemm_bf16(n, smaller(padded_columns(columns) - i * kPanel, kPanel), count, packed, left_row(most),
+                right + i * right_panel(count), right_panel(count), sum + (i * vocabulary + first) * kPanel, kPanel,
+                add);
+    }
   });
 }
 
@@ -256,14 +256,17 @@ template <class T, class S, bool Half>
 void codebook_gradient(const LinearBackward& b, const Slice<T, S, Half>& slice) {
   const LinearSoftEmbedding& s = b.call;
   const int64_t columns = s.codebook.columns, wide = padded<S>(columns), width = panel_width<S>(columns);
-  S* sum = static_cast<S*>(b.dcodebook) + (slice.group * s.vocabulary + slice.first) * b.codebook_row;
+  S* sum = static_cast<S*>(b.dcodebook) + slice.group * s.vocabulary * b.codebook_row;
   if constexpr (Half) {
-    half_chains(b, static_cast<const Bfloat16*>(b.grad_rows), slice.group, columns, slice.p, slice.count, slice.p_copy,
-                sum, b.codebook_row);
+    const int64_t products = (b.count + b.product_rows - 1) / b.product_rows;
+    const Bfloat16* rows = static_cast<const Bfloat16*>(b.grad_rows);
+    rows += slice.group * products * right_size(b.product_rows, columns);
+    half_products(b, rows, columns, slice.p, slice.first, slice.count, slice.p_copy, sum);
   } else {
+    sum += slice.first * b.codebook_row;
     const S* p = in_sums(slice.p, slice.count * b.stride, slice.p_copy);
     const S* rows = static_cast<const S*>(b.grad_rows) + slice.group * wide * b.count;
-    for_chains(b, [&](int64_t m, int64_t count, bool add) {
+    for_chains(b, b.chain, [&](int64_t m, int64_t count, bool add) {
       gemm<S>(slice.count, wide, count, {p + m, b.stride, 1}, rows + m * width, b.count * width, width, sum,
               b.codebook_row, add);
     });
@@ -309,11 +312,11 @@ void slice_task(const LinearBackward& b, const Slice<T, S, Half>& slice) {
 template <class T, class S, bool Half>
 void slices_in(const LinearBackward& b, int64_t begin, int64_t end) {
   const LinearSoftEmbedding& s = b.call;
-  const int64_t tile = kSlice * b.stride;
+  const int64_t tile = s.slice * b.stride;
   const int64_t depth = s.weight.columns > s.codebook.columns ? s.weight.columns : s.codebook.columns;
-  const Scratch<Element<T, Half>> table(kSlice * (Half ? left_row(depth) : depth + kPad));
+  const Scratch<Element<T, Half>> table(s.slice * (Half ? left_row(depth) : depth + kPad));
   const Scratch<T> p(tile), distance(b.dtemperature != nullptr ? tile : 0);
-  const Scratch<Element<S, Half>> p_copy(Half ? kSlice * left_row(b.chain) : copy_size<S, T>(tile));
+  const Scratch<Element<S, Half>> p_copy(Half ? s.slice * left_row(b.product_rows) : copy_size<S, T>(tile));
   for (int64_t task = begin; task < end; ++task) {
     const int64_t index = task % s.slices(), first = index * s.slice, count = smaller(s.slice, s.vocabulary - first);
     slice_task<T, S, Half>(

@@ -11,12 +11,12 @@ template <class T, class S, bool Half>
 struct ForwardScratch {
   int64_t* rows;  // [block rows]: positions that are not masked
   Element<T, Half>* columns;  // the right factor hidden^T
-  Element<T, Half>* table;    // [kSlice, H]: a left factor
+  Element<T, Half>* table;    // [slice, H]: a left factor
   Bfloat16* gathered;         // [kPanel, H]: rows of hidden on their way into columns
   T* entries;     // one row of hidden or the codebook
-  T* z;           // [kSlice, padded rows + kPad]: logits, then p
+  T* z;           // [slice, padded rows + kPad]: logits, then p
   Element<S, Half>* p;         // z as a left factor, where that is another type
-  Element<S, Half>* codebook;  // [kSlice, D]: a right factor
+  Element<S, Half>* codebook;  // [slice, D]: a right factor
   S* c;           // [block rows, padded D + kPad]: sum of exp((z - top) / T) E
   T* state;       // [4, padded rows]: top, sum, temperature, factor
 };
@@ -58,18 +58,11 @@ template <class T>
 void keep_logits(const LinearForward& f, int64_t group, const int64_t* rows, int64_t count, int64_t first, int64_t n,
                  const T* z, int64_t z_row) {
   if (f.logits == nullptr) return;
-  constexpr int kLane = kLanes<T>;
-  Vec<T> block[kLane];
-  for (int64_t m = 0; m < count; m += kLane) {
-    for (int64_t v = 0; v < n; v += kLane) {
-      for (int64_t i = 0; i < kLane; ++i) block[i] = i < n - v ? load(z + (v + i) * z_row + m) : Vec<T>{};
-      transpose<T>(block);
-      const size_t bytes = static_cast<size_t>(smaller(kLane, n - v)) * sizeof(T);
-      for (int64_t i = 0; i < smaller(kLane, count - m); ++i) {
-        const int64_t row = rows[m + i] * f.call.groups + group;
-        std::memcpy(static_cast<T*>(f.logits) + row * f.call.vocabulary + first + v, block + i, bytes);
-      }
-    }
+  for (int64_t v = 0; v < n; ++v) {
+    T* kept = static_cast<T*>(f.logits) + (group * f.call.vocabulary + first + v) * f.call.positions;
+    for_runs(rows, count, [&](int64_t m, int64_t run) {
+      std::memcpy(kept + rows[m], z + v * z_row + m, static_cast<size_t>(run) * sizeof(T));
+    });
   }
 }
 
@@ -141,7 +134,7 @@ void write_mask_row(const LinearForward& f, int64_t row) {
   }
   for (int64_t d = 0; f.soft != nullptr && d < width; ++d) static_cast<T*>(f.soft)[row * width + d] = T(0);
   for (int64_t v = 0; f.logits != nullptr && v < s.vocabulary; ++v) {
-    static_cast<T*>(f.logits)[row * s.vocabulary + v] = T(0);
+    static_cast<T*>(f.logits)[(group * s.vocabulary + v) * s.positions + row / s.groups] = T(0);
   }
 }
 
@@ -151,9 +144,9 @@ void add_entries(const LinearSoftEmbedding& s, int64_t group, int64_t first, int
                  const ForwardScratch<T, S, Half>& scratch, int64_t c_row) {
   const int64_t columns = s.codebook.columns;
   if constexpr (Half) {
-    pack_left({scratch.z, DType::float32, 0, 1, z_row}, count, n, scratch.p, left_row(kSlice));
+    pack_left({scratch.z, DType::float32, 0, 1, z_row}, count, n, scratch.p, left_row(s.slice));
     pack_entries_right(s.codebook, group, first, n, 0, columns, scratch.codebook);
-    gemm_bf16(count, padded_columns(columns), n, scratch.p, left_row(kSlice), scratch.codebook, right_panel(n),
+    gemm_bf16(count, padded_columns(columns), n, scratch.p, left_row(s.slice), scratch.codebook, right_panel(n),
               scratch.c, c_row, first > 0);
   } else {
     const int64_t width = panel_width<S>(columns);
@@ -198,14 +191,14 @@ template <class T, class S, bool Half>
 void forward_tasks(const LinearForward& f, int64_t begin, int64_t end) {
   const LinearSoftEmbedding& s = f.call;
   const int64_t blocks = (s.positions + f.block_rows - 1) / f.block_rows, depth = s.weight.columns;
-  const int64_t width = s.codebook.columns, stride = padded<T>(f.block_rows), z_size = kSlice * (stride + kPad);
+  const int64_t width = s.codebook.columns, stride = padded<T>(f.block_rows), z_size = s.slice * (stride + kPad);
   const Scratch<int64_t> rows(f.block_rows);
   const Scratch<Element<T, Half>> columns(Half ? right_size(depth, f.block_rows) : stride * depth);
-  const Scratch<Element<T, Half>> table(kSlice * (Half ? left_row(depth) : depth + kPad));
+  const Scratch<Element<T, Half>> table(s.slice * (Half ? left_row(depth) : depth + kPad));
   const Scratch<T> z(z_size), state(4 * stride), entries(depth > width ? depth : width);
   const Scratch<Bfloat16> gathered(Half ? kPanel * depth : 0);
-  const Scratch<Element<S, Half>> p(Half ? f.block_rows * left_row(kSlice) : copy_size<S, T>(z_size));
-  const Scratch<Element<S, Half>> codebook(Half ? right_size(kSlice, width) : kSlice * padded<S>(width));
+  const Scratch<Element<S, Half>> p(Half ? f.block_rows * left_row(s.slice) : copy_size<S, T>(z_size));
+  const Scratch<Element<S, Half>> codebook(Half ? right_size(s.slice, width) : s.slice * padded<S>(width));
   const Scratch<S> c(f.block_rows * (padded<S>(width) + kPad));
   for (int64_t task = begin; task < end; ++task) {
     const int64_t first = task % blocks * f.block_rows;

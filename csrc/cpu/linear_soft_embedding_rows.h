@@ -31,6 +31,13 @@ using Element = typename Factor<T, Half>::Type;
 template <class T>
 constexpr bool kHasHalf = kHasBfloat16Product && sizeof(T) == 4;
 
+// Whether products of bfloat16 go on exactly where the sum in memory ends, wherever it was cut.
+#ifdef __AMX_BF16__
+constexpr bool kFreeCuts = true;
+#else
+constexpr bool kFreeCuts = false;
+#endif
+
 // Between the rows of a left factor of bfloat16.
 SOFTDIMO_ALWAYS_INLINE int64_t left_row(int64_t depth) { return padded_depth(depth) + kLeftPad; }
 
@@ -130,6 +137,15 @@ void add_bias(const LinearSoftEmbedding& s, int64_t group, int64_t first, int64_
   }
 }
 
+// Calls body(m, run) for the runs of consecutive positions: rows[m], rows[m] + 1, ..
+template <class Body>
+SOFTDIMO_ALWAYS_INLINE void for_runs(const int64_t* rows, int64_t count, Body body) {
+  for (int64_t m = 0, end; m < count; m = end) {
+    for (end = m + 1; end < count && rows[end] == rows[end - 1] + 1;) ++end;
+    body(m, end - m);
+  }
+}
+
 // Elements of S for a copy of `count` elements of T: none where it is the same type.
 template <class S, class T>
 constexpr int64_t copy_size(int64_t count) {
@@ -174,7 +190,7 @@ inline void copy_row(const RowMatrix& matrix, int64_t row, int64_t n, Bfloat16* 
 // logits
 
 // Logits [n, padded(count)] of entries [first, first + n). `columns` is the factor hidden^T of the rows, `table`
-// scratch for kSlice entries of the weight.
+// scratch for a slice's entries of the weight.
 template <bool Half, class T, class Position>
 void compute_logits(const LinearSoftEmbedding& s, int64_t group, int64_t first, int64_t n, int64_t count,
                     Position position, const Element<T, Half>* columns, Element<T, Half>* table, T* z,

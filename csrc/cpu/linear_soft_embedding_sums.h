@@ -33,7 +33,7 @@ void weight_gradient_in_full(const LinearBackward& b, int64_t begin, int64_t end
     if (group != loaded) hidden = group_hidden(b, group, copy.get());
     loaded = group;
     T* sum = static_cast<T*>(b.dweight) + (group * s.vocabulary + first) * b.weight_row;
-    for_chains(b, [&](int64_t m, int64_t count, bool add) {
+    for_chains(b, b.chain, [&](int64_t m, int64_t count, bool add) {
       gemm<T>(smaller(s.slice, s.vocabulary - first), wide, count, {dlogits_of<T>(b, group, first) + m, b.stride, 1},
               hidden + m * width, b.count * width, width, sum, b.weight_row, add);
     });
@@ -44,15 +44,14 @@ void weight_gradient_in_full(const LinearBackward& b, int64_t begin, int64_t end
 template <class T>
 void weight_gradient_in_half(const LinearBackward& b, int64_t begin, int64_t end) {
   const LinearSoftEmbedding& s = b.call;
-  const Scratch<Bfloat16> packed(kSlice * left_row(b.chain)), turned(b.count * s.slice);
+  const Scratch<Bfloat16> packed(s.slice * left_row(b.product_rows)), turned(b.count * s.slice);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t group = task / s.slices(), first = task % s.slices() * s.slice;
     const int64_t n = smaller(s.slice, s.vocabulary - first);
     T* dlogits = dlogits_of<T>(b, group, first);
     if (b.dweight != nullptr) {
-      T* sum = static_cast<T*>(b.dweight) + (group * s.vocabulary + first) * b.weight_row;
-      half_chains(b, static_cast<const Bfloat16*>(b.hidden_rows), 0, s.weight.columns, dlogits, n, packed.get(), sum,
-                  b.weight_row);
+      half_products(b, static_cast<const Bfloat16*>(b.hidden_rows), s.weight.columns, dlogits, first, n, packed.get(),
+                    static_cast<T*>(b.dweight) + group * s.vocabulary * b.weight_row);
     }
     if (b.dhidden == nullptr) continue;
     pack_left({dlogits, DType::float32, 0, 1, b.stride}, b.count, n, turned.get(), s.slice);
@@ -104,7 +103,7 @@ void hidden_gradient_in(const LinearBackward& b, int64_t begin, int64_t end) {
   const LinearSoftEmbedding& s = b.call;
   const int64_t last = smaller(end * kRowUnit, s.weight.columns), sum_row = kColumnBlock + kPad;
   const Scratch<T> entries(kColumnBlock), sum(b.count * sum_row);
-  const Scratch<Element<T, Half>> table(kSlice * kColumnBlock);
+  const Scratch<Element<T, Half>> table(padded_depth(s.slice) * kColumnBlock);
   for (int64_t first = begin * kRowUnit; first < last; first += kColumnBlock) {
     const int64_t columns = smaller(kColumnBlock, last - first);
     if constexpr (Half) {
@@ -168,7 +167,7 @@ double row_sum(const T* dlogits, int64_t n) {
 template <class T>
 void bias_gradient(const LinearBackward& b, int64_t begin, int64_t end) {
   const bool shared = same_for_all(b.bias_rows) && b.bias_step == 1 && !b.bias_direct;
-  for_chains(b, [&](int64_t m, int64_t count, bool) {
+  for_chains(b, b.chain, [&](int64_t m, int64_t count, bool) {
     for (int64_t group = 0; group < b.call.groups; ++group) {
       for (int64_t v = begin; v < end && shared; ++v) {
         static_cast<double*>(b.dbias)[v] += row_sum(dlogits_of<T>(b, group, v) + m, count);
@@ -184,13 +183,17 @@ void bias_gradient(const LinearBackward& b, int64_t begin, int64_t end) {
 // results
 
 template <class T>
-void narrow_sums(const void* sums, bool wide, int64_t row, int64_t columns, void* out, DType type, int64_t begin,
-                 int64_t end) {
+void narrow_sums(const TableSums& sums, int64_t columns, void* out, DType type, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    if (wide) {
-      narrow(static_cast<const double*>(sums) + i * row, columns, out, type, i * columns);
-    } else {
-      narrow(static_cast<const T*>(sums) + i * row, columns, out, type, i * columns);
+    const int64_t group = i / sums.rows, v = i % sums.rows, row = sums.panels * sums.width;
+    for (int64_t j = 0; j < sums.panels; ++j) {
+      const int64_t at = group * sums.rows * row + (j * sums.rows + v) * sums.width, first = j * sums.width;
+      const int64_t n = smaller(sums.width, columns - first), to = i * columns + first;
+      if (sums.wide) {
+        narrow(static_cast<const double*>(sums.data) + at, n, out, type, to);
+      } else {
+        narrow(static_cast<const T*>(sums.data) + at, n, out, type, to);
+      }
     }
   }
 }

@@ -166,7 +166,38 @@ SOFTDIMO_ALWAYS_INLINE void read_pairs_across(const Table& t, int64_t i, int64_t
   }
 }
 
+// Both operands from bfloat16 whose rows are contiguous: the elements as they are.
+inline void copy_right(const Table& t, int64_t depth, int64_t columns, int64_t begin, int64_t end, Bfloat16* b) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  const Bfloat16* rows = static_cast<const Bfloat16*>(t.data) + t.first;
+  for (int64_t step = begin * kDepthStep; step < end * kDepthStep; step += kDepthStep) {
+    for (int64_t n = 0; n < columns; n += kPanel) {
+      Bfloat16* out = b + n / kPanel * right_panel(depth) + step * kPanel;
+      const __mmask32 some = first_lanes(columns - n);
+      for (int64_t k = step; k < step + kDepthStep; k += 2, out += 2 * kPanel) {
+        const Bfloat16* row = rows + k * t.row + n;
+        const __m512i even = _mm512_maskz_loadu_epi16(k < depth ? some : 0, row);
+        const __m512i odd = _mm512_maskz_loadu_epi16(k + 1 < depth ? some : 0, row + t.row);
+        _mm512_storeu_si512(out, _mm512_permutex2var_epi16(even, low, odd));
+        _mm512_storeu_si512(out + kPanel, _mm512_permutex2var_epi16(even, high, odd));
+      }
+    }
+  }
+}
+
+inline void copy_left(const Table& t, int64_t rows, int64_t depth, Bfloat16* a, int64_t a_row) {
+  const Bfloat16* row = static_cast<const Bfloat16*>(t.data) + t.first;
+  for (int64_t m = 0; m < rows; ++m, row += t.row) {
+    for (int64_t k = 0; k < depth; k += kDepthStep) {
+      _mm512_storeu_si512(a + m * a_row + k, _mm512_maskz_loadu_epi16(first_lanes(depth - k), row + k));
+    }
+  }
+}
+
 inline void pack_right(const Table& t, int64_t depth, int64_t columns, int64_t begin, int64_t end, Bfloat16* b) {
+  if (t.dtype == DType::bfloat16 && t.col == 1) return copy_right(t, depth, columns, begin, end, b);
   const bool across = t.col == 1 || t.row != 1;
   for (int64_t step = begin; step < end; ++step) {
     for (int64_t n = 0; n < columns; n += kPanel) {
@@ -213,6 +244,7 @@ inline void clear_pairs(int64_t columns, int64_t depth, Bfloat16* b) {
 }
 
 inline void pack_left(const Table& t, int64_t rows, int64_t depth, Bfloat16* a, int64_t a_row) {
+  if (t.dtype == DType::bfloat16 && t.col == 1) return copy_left(t, rows, depth, a, a_row);
   const bool across = t.row == 1 && t.col != 1;
   for (int64_t m = 0; m < rows; m += 16) {
     for (int64_t k = 0; k < depth; k += kDepthStep) {

@@ -243,10 +243,13 @@ def _fake(
     row_temperature: Tensor | None, mask: Tensor | None, mask_embedding: Tensor | None,
     high_precision: bool, keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    output, logits = _fake_reference(
-        hidden, weight, codebook, bias, temperature, row_temperature, mask, mask_embedding,
-        keep == LOGITS,
+    output, _ = _fake_reference(
+        hidden, weight, codebook, bias, temperature, row_temperature, mask, mask_embedding, False
     )  # fmt: skip
+    dtype = compute_dtype(hidden, weight, codebook, bias, row_temperature, mask_embedding)
+    positions = hidden.shape[:-1].numel()
+    kept = (weight.shape[:-2].numel(), weight.shape[-2], positions) if keep == LOGITS else (0,)
+    logits = hidden.new_empty(kept, dtype=dtype)
     statistics = output.shape[:-1] if keep >= STATISTICS else (0,)
     keeps_soft = keep >= STATISTICS and codebook.dtype != logits.dtype
     return (

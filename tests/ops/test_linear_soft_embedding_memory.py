@@ -235,6 +235,22 @@ def test_strides_do_not_change_a_bit(layout: str) -> None:
         torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
 
 
+def test_packing_does_not_change_a_bit(backend: str) -> None:
+    """Contiguous rows of bfloat16 are copied into the products' operands, others gathered."""
+    if backend == "reference":
+        pytest.skip("about the kernel")
+    case = make(
+        lead=(5, 13), vocabulary=1100, hidden_width=45, width=37, dtype=torch.bfloat16, bias="all"
+    )
+    value, grads = gradients(case.call(), case.values)
+    for name in ("hidden", "weight", "codebook"):
+        case.tensors[name] = case.tensors[name].mT.contiguous().mT
+    other, other_grads = gradients(case.call(), case.values)
+    assert_same_bits(value, other)
+    for first, second in zip(grads, other_grads, strict=True):
+        assert_same_bits(first, second)
+
+
 # --------------------------------------------------------------------------------------------------
 # The specification's slices
 

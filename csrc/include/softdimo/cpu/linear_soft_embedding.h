@@ -52,7 +52,7 @@ struct LinearForward {
   LinearSoftEmbedding call;
   int64_t block_rows;  // rows of one task
   void* output;        // [rows, D] in the codebook's type
-  void* logits;        // T [rows, V]; null when not kept
+  void* logits;        // T [G, V, positions], as they are computed; null when not kept
   void* row_max;       // T [rows]
   void* row_sum;       // T [rows]: sum exp((z - max) / T)
   void* soft;          // T [rows, D]; null when the output is it, or nothing is kept
@@ -76,14 +76,15 @@ struct LinearBackward {
   const void* row_max;
   const void* row_sum;
   const void* soft;    // T [rows, D]
-  const void* logits;  // T [rows, V]; null: recompute
+  const void* logits;  // T [G, V, positions]; null: recompute
 
   const int64_t* position;  // [count]
   int64_t count;
   int64_t chain;  // rows that are summed in one go: the same sums for any block size
+  int64_t product_rows;  // the same for products of bfloat16: all of a block where no cut changes a bit
   bool first;     // nothing was added to the sums yet
 
-  // The factors of the block. With half they are packed as pack_bf16.h says, the [.. rows] ones a chain at a time.
+  // The factors of the block. With half they are packed as pack_bf16.h says, the [.. rows] ones product_rows at a time.
   void* hidden_columns;  // T [panels of rows, H, panel width]
   void* hidden_rows;     // T [panels of H, count, panel width]
   void* grad_columns;    // T [G, panels of rows, D, panel width]
@@ -98,9 +99,9 @@ struct LinearBackward {
 
   // Results; null when not wanted.
   void* dhidden;       // [positions, H] contiguous in hidden's type
-  void* dweight;       // T [G, V, weight_row]
+  void* dweight;       // T [G, V, weight_row]; with half [G, panels, V, kRowUnit]: each panel is one stream
   int64_t weight_row;  // H rounded up to kRowUnit
-  void* dcodebook;     // S [G, V, codebook_row]
+  void* dcodebook;     // S [G, V, codebook_row]; with half as dweight
   int64_t codebook_row;
   void* dbias;  // double, or the bias's type where each entry has one row and one token
   DType bias_type;
@@ -114,6 +115,13 @@ struct LinearBackward {
   }
 };
 
+// The sums of a table's gradient, of T, or of double: [G, panels, rows, width].
+struct TableSums {
+  const void* data;
+  bool wide;
+  int64_t panels, rows, width;
+};
+
 // Kernels take a range of tasks; tasks are independent and may run in any order and on any thread.
 struct LinearSoftEmbeddingKernels {
   void (*forward)(const LinearForward&, int64_t begin, int64_t end);  // over groups x blocks of rows
@@ -124,15 +132,16 @@ struct LinearSoftEmbeddingKernels {
   void (*weight_gradient)(const LinearBackward&, int64_t begin, int64_t end);  // over groups x slices; always
   void (*hidden_gradient)(const LinearBackward&, int64_t begin, int64_t end);  // over units of kRowUnit columns of H
   void (*bias_gradient)(const LinearBackward&, int64_t begin, int64_t end);    // over entries of the vocabulary
-  // Sums [rows, row] of T, or of double, into [rows, columns] of the given type.
-  void (*narrow_sums)(const void* sums, bool wide, int64_t row, int64_t columns, void* out, DType, int64_t begin,
-                      int64_t end);
+  // Entries [begin, end) of G * rows into [G, rows, columns] of the given type.
+  void (*narrow_sums)(const TableSums&, int64_t columns, void* out, DType, int64_t begin, int64_t end);
   // Sum of g over masked rows into double [G, D]; over units of kRowUnit columns of G * D.
   void (*mask_gradient)(const LinearSoftEmbedding&, const RowMatrix& grad, double* sum, int64_t begin, int64_t end);
 };
 
 // Fixed sizes: results depend on them and on shapes, never on the number of threads.
-constexpr int64_t kSlice = 128;         // most entries of the vocabulary handled at a time; with half, all of them
+constexpr int64_t kSlice = 256;         // most entries of the vocabulary handled at a time; with half, that many
+constexpr int64_t kSmallSlice = 128;    // with half and a vocabulary below kManyEntries
+constexpr int64_t kManyEntries = 1024;
 constexpr int64_t kChainSlice = 112;    // without: one chain of gemm.h
 constexpr int64_t kRowUnit = 32;        // a multiple of every panel width
 constexpr int64_t kColumnBlock = 512;   // columns of hidden's gradient that are summed at a time
@@ -143,6 +152,7 @@ SOFTDIMO_ALWAYS_INLINE bool sums_in_double(const LinearSoftEmbedding& s) { retur
 
 struct LinearSoftEmbeddingTable {
   bool bfloat16_products;
+  bool free_cuts;  // the sum over the rows of a product of bfloat16 may be cut at any multiple of kRowUnit
   LinearSoftEmbeddingKernels float32;
   LinearSoftEmbeddingKernels float64;
 };

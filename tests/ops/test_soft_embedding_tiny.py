@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.checks import assert_same_bits, gradients
+from support.checks import assert_same_bits, gradients, thread_count
 from support.soft_embedding import Case, assert_close_to_float64, strided
 from torch import Tensor
 
@@ -163,17 +163,16 @@ def test_rows_do_not_depend_on_the_batch(vocabulary: int, dtype: torch.dtype, wi
 
 def test_nothing_depends_on_the_number_of_threads() -> None:
     logits, codebook, upstream = torch.randn(9000, 64), torch.randn(64, 7), torch.randn(9000, 7)
-    mask, before, results = torch.rand(9000) < 0.3, torch.get_num_threads(), []
-    for threads in (1, 2, 3, 7):
-        torch.set_num_threads(threads)
-        try:
-            call = Case(logits, codebook, None, torch.ones(7), {"mask": mask})
-            results.append(gradients(call.call("cpp"), call.tensors(), upstream))
-        finally:
-            torch.set_num_threads(before)
-    for value, grads in results[1:]:
-        assert_same_bits(value, results[0][0])
-        for mine, first in zip(grads, results[0][1], strict=True):
+    call = Case(logits, codebook, None, torch.ones(7), {"mask": torch.rand(9000) < 0.3})
+
+    def run(threads: int) -> tuple[Tensor, ...]:
+        with thread_count(threads):
+            value, grads = gradients(call.call("cpp"), call.tensors(), upstream)
+        return value, *grads
+
+    alone = run(1)
+    for threads in (2, 3, 7):
+        for mine, first in zip(run(threads), alone, strict=True):
             assert_same_bits(mine, first)
 
 

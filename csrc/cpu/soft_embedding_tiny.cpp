@@ -9,7 +9,7 @@
 //
 // The codebook lies transposed in the first-level cache: a row's probabilities stay in registers while they are
 // multiplied with one column after another. No row is multiplied with fewer than a vector of entries, and no sum has a
-// chain of more than V / lanes roundings (forward), or of the rows of kFlushBlocks blocks (the gradient of the codebook,
+// chain of more than V / lanes roundings (forward), or of the rows of kFlushBlocks blocks (gradient of the codebook,
 // then in double).
 //
 // Entries of a row with p > 1/2 get minus the sum of the row's other gradients, as in soft_embedding_backward.cpp.
